@@ -2,7 +2,7 @@
  * Entry of the bare-metal guests.
  *
  * The VMM enters here in long mode with the first 4 GiB identity-mapped,
- * interrupts off, RDI = the command line or 0, and no stack. Nothing of the
+ * interrupts off, RDI = an hvm_start_info or 0, and no stack. Nothing of the
  * VMM's tables is kept: they may lie where the real-mode trampoline goes.
  */
 #include "layout.h"

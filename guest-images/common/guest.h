@@ -88,7 +88,8 @@ int console_poll(void);
 
 /* --- cmdline.c --- */
 /* Copies the VMM's command line (NULL for none) out of the way of everything. */
-void cmdline_save(const char *from);
+struct start_info;
+void cmdline_save(const struct start_info *info);
 /* Calls word() for each blank-separated word. */
 void cmdline_each(void (*word)(const char *word));
 /* The rest of word after prefix, or NULL. */
@@ -140,7 +141,8 @@ void smp_start_others(enum start_method method);
 int wait_for(volatile u32 *flag);
 
 /* --- what each guest provides --- */
-noreturn void guest_main(const char *cmdline);
+struct start_info;
+noreturn void guest_main(const struct start_info *info);
 noreturn void ap_main(struct cpu *cpu);
 
 #endif

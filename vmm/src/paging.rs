@@ -158,6 +158,11 @@ pub fn write_physical(memory: &GuestMemoryMmap, gpa: u64, bytes: &[u8]) -> usize
     memory.write(bytes, GuestAddress(gpa)).unwrap_or(0)
 }
 
+/// Writes all of `bytes` at `gpa`, or nothing; whether it was done.
+pub fn write_all_physical(memory: &GuestMemoryMmap, gpa: u64, bytes: &[u8]) -> bool {
+    backed(memory, gpa, bytes.len()) == bytes.len() && write_physical(memory, gpa, bytes) == bytes.len()
+}
+
 /// How many bytes from `gpa` on, up to `len`, are RAM.
 fn backed(memory: &GuestMemoryMmap, gpa: u64, len: usize) -> usize {
     if len == 0 || memory.check_range(GuestAddress(gpa), len) {

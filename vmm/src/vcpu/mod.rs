@@ -5,10 +5,13 @@
 //! other, and `kvm` turns it all into ioctls.
 
 mod cpu;
+pub(crate) mod kick;
+mod kvm;
 pub(crate) mod protocol;
 mod registers;
 mod step;
 pub(crate) mod thread;
 
 pub use cpu::{Arming, Cpu, Exit};
+pub use kvm::{ArmHook, KvmCpu};
 pub use registers::{Activity, DescriptorTable, Fpu, Registers, Segment};
