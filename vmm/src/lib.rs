@@ -11,6 +11,7 @@ pub mod coordinator;
 pub mod debug;
 pub mod devices;
 pub mod limits;
+#[cfg_attr(feature = "shuttle", allow(dead_code))]
 mod machine;
 pub mod memory;
 pub mod paging;

@@ -9,8 +9,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
-    KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_lapic_state, kvm_mp_state, kvm_pit_config,
-    kvm_userspace_memory_region,
+    KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_lapic_state, kvm_mp_state, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
@@ -26,7 +25,9 @@ pub enum HostError {
     #[error("/dev/kvm does not exist; load the kvm_intel or kvm_amd module, or enable virtualisation in the firmware")]
     NoKvm,
     /// /dev/kvm may not be opened.
-    #[error("no permission to open /dev/kvm; add yourself to its group (usually: sudo usermod -aG kvm $USER, then log in again)")]
+    #[error(
+        "no permission to open /dev/kvm; add yourself to its group (usually: sudo usermod -aG kvm $USER, then log in again)"
+    )]
     Permission,
     /// /dev/kvm could not be opened for another reason.
     #[error("cannot open /dev/kvm: {0}; is another hypervisor using the processor's virtualisation?")]

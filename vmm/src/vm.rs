@@ -8,9 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{BootError, BootRequest, Entry};
 use crate::coordinator::{Coordinator, CoordinatorError, Kick};
-use crate::debug::{
-    Breakpoint, BreakpointError, Ending, Level, Owner, ResumePlan, Stop, StopReason, VcpuId,
-};
+use crate::debug::{Breakpoint, BreakpointError, Ending, Level, Owner, ResumePlan, Stop, StopReason, VcpuId};
 use crate::devices::{Console, Serial, Shared};
 use crate::machine::{HostError, Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};

@@ -250,6 +250,35 @@ fn l10_after_the_ok_of_a_removal_nothing_is_told_of_it() {
 }
 
 #[test]
+fn l11_a_hit_that_was_dropped_fires_again_if_the_breakpoint_comes_back() {
+    check(|| {
+        let mut world = World::new(2);
+        let request = Breakpoint::exec(COUNTS);
+        world.coordinator.set_breakpoint(Owner::GDB, request).unwrap();
+        assert_eq!(world.go(), None);
+        let told = world.wait().vcpu.index();
+        let other = 1 - told;
+        // The other vCPU may stand on it with a hit that nobody heard of. Let it run for no, or
+        // for a short, time without the breakpoint.
+        world.coordinator.clear_breakpoint(Owner::GDB, request).unwrap();
+        assert_eq!(world.go(), None);
+        world.coordinator.stop().unwrap();
+        world.coordinator.set_breakpoint(Owner::GDB, request).unwrap();
+        let before = world.counts()[other];
+        // From here on each of its crossings is told before it happens.
+        let only_other = ResumePlan::all(2, RunMode::Parked).with(VcpuId(other as u32), RunMode::Continue);
+        for n in 0..2 {
+            let stop = match world.coordinator.resume(&only_other).unwrap() {
+                Some(pending) => pending,
+                None => world.wait(),
+            };
+            assert_eq!(stop.vcpu.index(), other);
+            assert_eq!(world.counts()[other], before + n, "a crossing was not told");
+        }
+    });
+}
+
+#[test]
 fn l9_breakpoints_change_while_the_guest_runs() {
     check(|| {
         let mut world = World::new(2);
@@ -314,7 +343,13 @@ fn l18_a_vcpu_that_is_too_late_is_named_and_ends_up_with_the_old_set() {
         world.probes[1].late.store(0, Ordering::SeqCst);
         // Its late answers arrive among those to newer questions and change none of them.
         assert_eq!(world.coordinator.registers(VcpuId(0)).unwrap().rip, LOOP);
-        while world.coordinator.registers(VcpuId(1)).is_err() {}
+        loop {
+            match world.coordinator.registers(VcpuId(1)) {
+                Ok(registers) => break assert_eq!(registers.rip, LOOP),
+                Err(CoordinatorError::NoAnswer { .. }) => {}
+                Err(other) => panic!("{other}"),
+            }
+        }
         assert_eq!(world.armed(), before);
         assert_eq!(world.go(), None);
         assert_eq!(world.wait().reason, StopReason::Breakpoint(old));
