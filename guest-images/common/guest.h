@@ -1,0 +1,148 @@
+/*
+ * What every guest in this directory shares: integer types, the few
+ * instructions C has no words for, and the services of common/.
+ *
+ * The guests run in ring 0 with general registers only. One of the KVM
+ * flavours they are made for interprets ring 0, about two million instructions
+ * a second, and knows neither SSE/x87 arithmetic nor popcnt; it takes lzcnt for
+ * bsr and tzcnt for bsf. The crate's tests decode every .text and refuse those.
+ */
+#ifndef TRAPLINE_GUEST_H
+#define TRAPLINE_GUEST_H
+
+#include "layout.h"
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long u64;
+
+_Static_assert(sizeof(u64) == 8, "guests are built for LP64");
+
+#define NULL ((void *)0)
+#define noinline __attribute__((noinline, noclone))
+#define noreturn __attribute__((noreturn))
+#define offsetof(type, member) __builtin_offsetof(type, member)
+
+static inline void outb(u16 port, u8 value)
+{
+	__asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port) : "memory");
+}
+
+static inline u8 inb(u16 port)
+{
+	u8 value;
+	__asm__ volatile("inb %1, %0" : "=a"(value) : "Nd"(port) : "memory");
+	return value;
+}
+
+static inline u64 rdmsr(u32 index)
+{
+	u32 low, high;
+	__asm__ volatile("rdmsr" : "=a"(low), "=d"(high) : "c"(index) : "memory");
+	return (u64)high << 32 | low;
+}
+
+static inline void wrmsr(u32 index, u64 value)
+{
+	__asm__ volatile("wrmsr" : : "c"(index), "a"((u32)value), "d"((u32)(value >> 32)) : "memory");
+}
+
+static inline u64 rdtsc(void)
+{
+	u32 low, high;
+	__asm__ volatile("rdtsc" : "=a"(low), "=d"(high) : : "memory");
+	return (u64)high << 32 | low;
+}
+
+static inline void pause(void)
+{
+	__asm__ volatile("pause" : : : "memory");
+}
+
+/* Read or write memory that another CPU or a device shares. */
+static inline u32 read32(u64 address)
+{
+	return *(volatile u32 *)address;
+}
+
+static inline void write32(u64 address, u32 value)
+{
+	*(volatile u32 *)address = value;
+}
+
+/* Stops this CPU for good. */
+static inline noreturn void halt_forever(void)
+{
+	for (;;)
+		__asm__ volatile("cli\n\thlt" : : : "memory");
+}
+
+/* --- console.c: the serial port COM1, polled --- */
+void console_char(char c);
+void console_text(const char *text);
+void console_number(u64 value);
+void console_hex(u64 value);
+/* One character that was typed, or -1. */
+int console_poll(void);
+
+/* --- cmdline.c --- */
+/* Copies the VMM's command line (NULL for none) out of the way of everything. */
+struct start_info;
+void cmdline_save(const struct start_info *info);
+/* Calls word() for each blank-separated word. */
+void cmdline_each(void (*word)(const char *word));
+/* The rest of word after prefix, or NULL. */
+const char *after(const char *word, const char *prefix);
+int same(const char *a, const char *b);
+/* Reads decimal digits up to the end of text; 0 if there is anything else. */
+int parse_number(const char *text, u64 *value);
+
+/* --- end.c --- */
+/* Ends the VM: exit status through the exit port. */
+noreturn void guest_exit(u8 status);
+
+/* --- acpi.c --- */
+/* The MADT, checked, or NULL. */
+const u8 *acpi_madt(void);
+
+/* --- lapic.c: this CPU's local APIC, xAPIC or x2APIC as the VMM left it --- */
+void lapic_enable(void);
+u32 lapic_id(void);
+void lapic_ipi(u32 apic_id, u32 low_word);
+
+/* --- smp.c --- */
+
+/* One CPU. Tests know the size and the offset of count: see src/demo.rs. */
+struct cpu {
+	u64 count;        /* what this CPU has counted; only it writes here */
+	u64 traced_count; /* the same, by the function that looks like Linux's */
+	u64 rounds;
+	u32 id;           /* index into cpus[]; 0 is the boot processor */
+	u32 apic_id;
+	volatile u32 online;
+	volatile u32 done;
+	u64 reserved[3];
+};
+_Static_assert(sizeof(struct cpu) == CPU_SIZE, "tests rely on the size of struct cpu");
+_Static_assert(offsetof(struct cpu, count) == 0, "tests rely on where count is");
+_Static_assert(offsetof(struct cpu, traced_count) == 8, "tests rely on where traced_count is");
+
+extern struct cpu cpus[MAX_CPUS];
+extern u32 cpu_count;
+
+enum start_method { START_NONE, START_SIPI, START_MAILBOX };
+
+/* Fills cpus[] from the MADT, the caller first; says how the others are started. */
+enum start_method smp_find_cpus(void);
+/* Starts cpus[1..]; each runs ap_main(). A CPU that does not come is left offline. */
+void smp_start_others(enum start_method method);
+/* Waits until *flag is set; 0 if that takes far too long. */
+int wait_for(volatile u32 *flag);
+
+/* --- what each guest provides --- */
+struct start_info;
+noreturn void guest_main(const struct start_info *info);
+noreturn void ap_main(struct cpu *cpu);
+
+#endif
