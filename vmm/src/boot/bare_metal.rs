@@ -40,7 +40,7 @@ pub(super) fn load(
     })
 }
 
-/// The entry point must be the same address with and without paging, and be code that was loaded.
+/// The entry point must be the same address with and without paging, and have been loaded.
 fn check_entry(elf: &ElfImage) -> Result<(), BootError> {
     let entry = elf.entry;
     let wrong = |problem: String, advice| {
@@ -66,17 +66,13 @@ fn check_entry(elf: &ElfImage) -> Result<(), BootError> {
         );
     }
     match elf.segment_at_physical(entry) {
-        Some(segment) if segment.executable && segment.vaddr == segment.paddr => Ok(()),
-        Some(segment) if segment.executable => wrong(
+        Some(segment) if segment.vaddr == segment.paddr => Ok(()),
+        Some(segment) => wrong(
             format!(
                 "{entry:#x} is in a segment linked for {:#x} but loaded at {:#x}",
                 segment.vaddr, segment.paddr
             ),
             "link the entry code to its physical address",
-        ),
-        Some(_) => wrong(
-            format!("{entry:#x} is in a segment that is not executable"),
-            "put the entry point into code",
         ),
         None => wrong(
             format!("{entry:#x} is in none of the load segments"),

@@ -4,7 +4,7 @@
 //! all ELF kernels, Multiboot's ELF32 ones included, therefore share this one.
 
 use object::elf::{
-    EM_386, EM_X86_64, ET_DYN, ET_EXEC, FileHeader32, FileHeader64, PF_X, PT_LOAD, PT_NOTE,
+    EM_386, EM_X86_64, ET_DYN, ET_EXEC, FileHeader32, FileHeader64, PT_LOAD, PT_NOTE,
 };
 use object::read::elf::{FileHeader, ProgramHeader};
 use object::{Endianness, ReadCache};
@@ -24,7 +24,6 @@ pub(super) struct Segment {
     pub(super) vaddr: u64,
     pub(super) paddr: u64,
     pub(super) mem_size: u64,
-    pub(super) executable: bool,
 }
 
 /// What loading needs to know of an ELF kernel.
@@ -229,7 +228,6 @@ where
         vaddr: header.p_vaddr(endian).into(),
         paddr: header.p_paddr(endian).into(),
         mem_size: header.p_memsz(endian).into(),
-        executable: header.p_flags(endian).contains(PF_X),
     };
     if segment.mem_size == 0 && segment.file_size == 0 {
         return Ok(None);

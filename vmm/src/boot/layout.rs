@@ -12,6 +12,7 @@
 //! | `0x0009_6000` | `0x0009_7000`  | ACPI NVS   | GDT and TSS                                                    |
 //! | `0x0009_7000` | `0x0009_8000`  | ACPI NVS   | poll loop of the APs (wakeup mailbox only)                     |
 //! | `0x0009_8000` | `0x0009_9000`  | ACPI NVS   | wakeup mailbox (wakeup mailbox only)                           |
+//! | `0x0009_9000` | `0x0009_A000`  | ACPI NVS   | FACS                                                           |
 //! | `0x0009_A000` | `0x000A_0000`  | reserved   | where PCs have their EBDA; zero                                |
 //! | `0x000A_0000` | `0x000E_0000`  | not listed | where PCs have VGA and option ROMs; backed by RAM, zero        |
 //! | `0x000E_0000` | `0x0010_0000`  | reserved   | ACPI tables, RSDP first: found by scanning as on a PC          |
@@ -55,6 +56,8 @@ pub const TSS: u64 = 0x9_6800;
 pub const AP_LOOP: u64 = 0x9_7000;
 /// ACPI multiprocessor wakeup mailbox: one page (ACPI 6.5, 5.2.12.19).
 pub const AP_MAILBOX: u64 = 0x9_8000;
+/// Firmware ACPI control structure, which the guest writes to: one page.
+pub const FACS: u64 = 0x9_9000;
 /// End (exclusive) of the firmware's area.
 pub const NVS_END: u64 = 0x9_A000;
 
@@ -97,6 +100,6 @@ const _: () = {
     assert!(PAGE_TABLES + 6 * PAGE_SIZE <= GDT);
     assert!(STACK_TOP - STACK_SIZE >= MODULES + PAGE_SIZE);
     assert!(CMDLINE + CMDLINE_SIZE <= NVS_START);
-    assert!(AP_MAILBOX + PAGE_SIZE <= NVS_END);
+    assert!(AP_MAILBOX + PAGE_SIZE <= FACS && FACS + PAGE_SIZE <= NVS_END);
     assert!(KVM_IDENTITY_MAP + PAGE_SIZE <= KVM_TSS && KVM_TSS + 3 * PAGE_SIZE <= KVM_PAGES_END);
 };

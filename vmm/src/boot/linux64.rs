@@ -54,11 +54,11 @@ fn check_entry(elf: &ElfImage) -> Result<(), BootError> {
         );
     }
     match elf.segment_at_physical(elf.entry) {
-        Some(segment) if segment.executable && elf.entry < PCI_HOLE_END => Ok(()),
+        Some(_) if elf.entry < PCI_HOLE_END => Ok(()),
         _ => wrong(
             "e_entry",
             format!(
-                "{:#x} is not the physical address of code below 4 GiB",
+                "{:#x} is not a physical address in a segment below 4 GiB",
                 elf.entry
             ),
             "give the vmlinux of an x86-64 Linux, or --boot-protocol if it is something else",

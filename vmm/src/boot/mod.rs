@@ -4,8 +4,8 @@
 //!
 //! | content                                                       | [`Format`]     | entry                                  |
 //! |---------------------------------------------------------------|----------------|----------------------------------------|
-//! | `HdrS` at 0x202                                               | `BzImage`      | 64-bit Linux boot protocol             |
 //! | Multiboot 1 header in the first 8 KiB                         | `Multiboot`    | 32-bit, EBX = Multiboot information    |
+//! | `HdrS` at 0x202                                               | `BzImage`      | 64-bit Linux boot protocol             |
 //! | ELF with a Xen note 18 (PHYS32_ENTRY)                         | `Pvh`          | 32-bit, EBX = hvm_start_info           |
 //! | ELF64 with Linux's sections or banner (see `elf::is_linux`)   | `Linux64`      | 64-bit, RSI = boot_params              |
 //! | any other ELF64                                               | `BareMetal`    | 64-bit, RDI = hvm_start_info, RSI = vCPUs |
@@ -23,6 +23,7 @@ mod bzimage;
 mod elf;
 mod linux;
 mod linux64;
+mod multiboot;
 mod place;
 mod pvh;
 mod start_info;
@@ -151,9 +152,10 @@ pub fn load(ram: &GuestRam, request: &BootRequest<'_>) -> Result<Entry, BootErro
     }
     let entry = match identify(request)? {
         Kind::BzImage(header) => bzimage::load(ram, request, &header)?,
-        Kind::Elf(elf, Format::Pvh) => pvh::load(ram, request, &elf)?,
-        Kind::Elf(elf, Format::Linux64) => linux64::load(ram, request, &elf)?,
-        Kind::Elf(elf, _) => bare_metal::load(ram, request, &elf)?,
+        Kind::Multiboot(header, elf) => multiboot::load(ram, request, &header, elf.as_ref())?,
+        Kind::Pvh(elf) => pvh::load(ram, request, &elf)?,
+        Kind::Linux64(elf) => linux64::load(ram, request, &elf)?,
+        Kind::BareMetal(elf) => bare_metal::load(ram, request, &elf)?,
     };
     tables::write(ram.mem())?;
     Ok(entry)
@@ -162,51 +164,77 @@ pub fn load(ram: &GuestRam, request: &BootRequest<'_>) -> Result<Entry, BootErro
 /// An image whose headers have been read.
 enum Kind {
     BzImage(bzimage::Header),
-    Elf(elf::ElfImage, Format),
+    Multiboot(multiboot::Header, Option<elf::ElfImage>),
+    Pvh(elf::ElfImage),
+    Linux64(elf::ElfImage),
+    BareMetal(elf::ElfImage),
 }
 
-/// Finds out what the image is and parses its headers.
+/// Finds out what the image is, or checks that it is what the request says, and reads its headers.
 fn identify(request: &BootRequest<'_>) -> Result<Kind, BootError> {
     let image = request.kernel;
-    let read = |source| BootError::Read {
-        what: "kernel",
-        source,
-    };
-    let start = image.read_up_to(0, bzimage::HEADER_END).map_err(read)?;
-    if start.is_empty() {
-        return Err(BootError::Unrecognised {
-            what: "an empty file".to_owned(),
-        });
-    }
+    let start = image
+        .read_up_to(0, multiboot::SEARCH)
+        .map_err(|source| BootError::Read {
+            what: "kernel",
+            source,
+        })?;
     let is_elf = start.starts_with(b"\x7fELF");
     let wanted = request.protocol;
+    let multiboot = match wanted {
+        None | Some(Format::Multiboot) => multiboot::Header::find(&start)?,
+        Some(_) => None,
+    };
+    if let Some(header) = multiboot {
+        let elf = match is_elf && !header.has_addresses() {
+            true => Some(elf::ElfImage::parse(image)?),
+            false => None,
+        };
+        return Ok(Kind::Multiboot(header, elf));
+    }
     let wrong = |wanted, problem| Err(BootError::WrongProtocol { wanted, problem });
-    if is_elf {
-        let elf = elf::ElfImage::parse(image)?;
-        let format = match wanted {
-            None if elf.pvh_entry.is_some() => Format::Pvh,
-            None if elf.is_linux => Format::Linux64,
-            None => Format::BareMetal,
-            Some(Format::BzImage) => return wrong(Format::BzImage, "it is an ELF"),
-            Some(Format::Pvh) if elf.pvh_entry.is_none() => {
-                return wrong(Format::Pvh, "it has no Xen note of type 18 (PHYS32_ENTRY)");
-            }
-            Some(format) => format,
-        };
-        return Ok(Kind::Elf(elf, format));
+    match wanted {
+        Some(Format::Multiboot) => wrong(
+            Format::Multiboot,
+            "it has no Multiboot header in its first 8 KiB",
+        ),
+        Some(Format::BzImage) if !bzimage::is_bzimage(&start) => {
+            wrong(Format::BzImage, "it has no HdrS at 0x202")
+        }
+        Some(wanted) if wanted != Format::BzImage && !is_elf => wrong(wanted, "it is no ELF"),
+        Some(Format::BzImage) => Ok(Kind::BzImage(bzimage::Header::parse(image)?)),
+        None if !is_elf && bzimage::is_bzimage(&start) => {
+            Ok(Kind::BzImage(bzimage::Header::parse(image)?))
+        }
+        None if !is_elf => Err(unrecognised(&start)),
+        _ => identify_elf(elf::ElfImage::parse(image)?, wanted),
     }
-    if bzimage::is_bzimage(&start) {
-        return match wanted {
-            None | Some(Format::BzImage) => Ok(Kind::BzImage(bzimage::Header::parse(image)?)),
-            Some(other) => wrong(other, "it is a bzImage"),
-        };
+}
+
+/// Which of the boot protocols of an ELF it is.
+fn identify_elf(elf: elf::ElfImage, wanted: Option<Format>) -> Result<Kind, BootError> {
+    match wanted {
+        Some(Format::Pvh) if elf.pvh_entry.is_none() => Err(BootError::WrongProtocol {
+            wanted: Format::Pvh,
+            problem: "it has no Xen note of type 18 (PHYS32_ENTRY)",
+        }),
+        Some(Format::Linux64) => Ok(Kind::Linux64(elf)),
+        Some(Format::BareMetal) => Ok(Kind::BareMetal(elf)),
+        _ if elf.pvh_entry.is_some() => Ok(Kind::Pvh(elf)),
+        _ if elf.is_linux => Ok(Kind::Linux64(elf)),
+        _ => Ok(Kind::BareMetal(elf)),
     }
-    Err(BootError::Unrecognised {
-        what: format!(
+}
+
+fn unrecognised(start: &[u8]) -> BootError {
+    let what = match start {
+        [] => "an empty file".to_owned(),
+        _ => format!(
             "neither ELF (it begins with {:02x?}) nor bzImage (no HdrS at 0x202) nor Multiboot (no header in the first 8 KiB)",
             &start[..start.len().min(4)]
         ),
-    })
+    };
+    BootError::Unrecognised { what }
 }
 
 /// Checks the command line's length and writes it, NUL-terminated, where the layout has room for it.

@@ -59,7 +59,7 @@ fn page_tables() -> Vec<u8> {
         words[(ENTRIES + directory) as usize] = entry;
     }
     for (page, word) in (0u64..).zip(&mut words[2 * ENTRIES as usize..]) {
-        *word = page * LARGE_PAGE | PRESENT | WRITABLE | ACCESSED | DIRTY | LARGE;
+        *word = (page * LARGE_PAGE) | PRESENT | WRITABLE | ACCESSED | DIRTY | LARGE;
     }
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }

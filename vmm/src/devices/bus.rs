@@ -54,34 +54,42 @@ pub struct Taken {
     pub end: u64,
 }
 
+/// One range of addresses that a device answers to.
+struct Mapping {
+    range: Range<u64>,
+    /// What the device calls the range's first address.
+    base: u64,
+    device: Arc<Mutex<dyn Device>>,
+}
+
 /// The devices of one address space, by address.
 #[derive(Default)]
-struct Map(Vec<(Range<u64>, Arc<Mutex<dyn Device>>)>);
+struct Map(Vec<Mapping>);
 
 impl Map {
-    fn insert(&mut self, range: Range<u64>, device: Arc<Mutex<dyn Device>>) -> Result<(), Taken> {
-        let overlaps =
-            |(other, _): &(Range<u64>, _)| range.start < other.end && other.start < range.end;
-        if range.is_empty() || self.0.iter().any(overlaps) {
-            return Err(Taken {
-                start: range.start,
-                end: range.end,
-            });
+    fn insert(&mut self, new: Mapping) -> Result<(), Taken> {
+        let (start, end) = (new.range.start, new.range.end);
+        let overlaps = |other: &Mapping| start < other.range.end && other.range.start < end;
+        if new.range.is_empty() || self.0.iter().any(overlaps) {
+            return Err(Taken { start, end });
         }
-        let at = self
-            .0
-            .partition_point(|(other, _)| other.start < range.start);
-        self.0.insert(at, (range, device));
+        let at = self.0.partition_point(|other| other.range.start < start);
+        self.0.insert(at, new);
         Ok(())
     }
 
-    /// The device at an address, the offset in it, and the bytes from there to its end.
+    /// The device at an address, the offset in it, and the bytes from there to the end of its range.
     fn find(&self, address: u64) -> Option<(&Mutex<dyn Device>, u64, u64)> {
-        let after = self.0.partition_point(|(range, _)| range.start <= address);
-        let (range, device) = self.0.get(after.checked_sub(1)?)?;
+        let after = self.0.partition_point(|other| other.range.start <= address);
+        let Mapping {
+            range,
+            base,
+            device,
+        } = self.0.get(after.checked_sub(1)?)?;
+        let offset = base + (address - range.start);
         range
             .contains(&address)
-            .then(|| (device.as_ref(), address - range.start, range.end - address))
+            .then(|| (device.as_ref(), offset, range.end - address))
     }
 
     /// An access that one device takes whole goes there in one piece; any other is split into bytes, each of which
@@ -135,7 +143,7 @@ pub struct Bus {
 
 impl std::fmt::Debug for Bus {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let ranges = |map: &Map| map.0.iter().map(|(r, _)| r.clone()).collect::<Vec<_>>();
+        let ranges = |map: &Map| map.0.iter().map(|m| m.range.clone()).collect::<Vec<_>>();
         f.debug_struct("Bus")
             .field("pio", &ranges(&self.pio))
             .field("mmio", &ranges(&self.mmio))
@@ -156,8 +164,23 @@ impl Bus {
         ports: u16,
         device: &Shared<D>,
     ) -> Result<(), Taken> {
+        self.add_pio_part(first, ports, 0, device)
+    }
+
+    /// Puts a part of a device at `ports` I/O ports from `first`, which the device knows as offset `base`.
+    pub fn add_pio_part<D: Device + 'static>(
+        &mut self,
+        first: u16,
+        ports: u16,
+        base: u16,
+        device: &Shared<D>,
+    ) -> Result<(), Taken> {
         let (first, ports) = (u64::from(first), u64::from(ports));
-        self.pio.insert(first..first + ports, device.0.clone())
+        self.pio.insert(Mapping {
+            range: first..first + ports,
+            base: base.into(),
+            device: device.0.clone(),
+        })
     }
 
     /// Puts a device at guest-physical addresses.
@@ -166,7 +189,11 @@ impl Bus {
         range: Range<u64>,
         device: &Shared<D>,
     ) -> Result<(), Taken> {
-        self.mmio.insert(range, device.0.clone())
+        self.mmio.insert(Mapping {
+            range,
+            base: 0,
+            device: device.0.clone(),
+        })
     }
 
     /// One IN of 1, 2 or 4 bytes. For string instructions see [`Bus::pio_read_string`].

@@ -4,11 +4,19 @@
 //! whole comes back as a [`DeviceEvent`]; devices stop and end nothing themselves.
 
 pub mod bus;
+pub mod cmos;
+pub mod debug_ports;
 pub mod exit;
+pub mod fw_cfg;
+pub mod i8042;
+pub mod pc;
+pub mod pm;
+pub mod pvpanic;
+pub mod reset;
 pub mod serial;
 
 pub use bus::{Bus, Device, Shared};
-pub use exit::ExitPort;
+pub use pc::{DeviceError, Pc};
 pub use serial::{Console, Serial};
 
 /// Something that an access made happen to the machine as a whole.
