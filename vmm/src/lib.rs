@@ -15,6 +15,8 @@ pub mod limits;
 mod machine;
 pub mod memory;
 pub mod paging;
+#[cfg(not(feature = "shuttle"))]
+mod probe;
 mod sync;
 pub mod vcpu;
 #[cfg(not(feature = "shuttle"))]

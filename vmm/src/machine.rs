@@ -5,7 +5,6 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
@@ -14,7 +13,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use crate::boot::{self, BootError, BootRequest, CpuState, Entry, layout};
-use crate::devices::{Bus, Console, ExitPort, Serial, Shared, exit, serial};
+use crate::devices::{Console, Pc, Serial, Shared, serial};
 use crate::memory::GuestRam;
 use crate::vcpu::{ArmHook, KvmCpu};
 
@@ -127,17 +126,18 @@ impl Machine {
             // clone of, and nothing else lives in it.
             setup("map guest memory", unsafe { vm.set_user_memory_region(region) })?;
         }
-        let (bus, serial) = devices(&vm, console)?;
-        let bus = Arc::new(bus);
+        let pc = Pc::new(ram, request.cpus as u8, console).map_err(|error| MachineError::Device(error.to_string()))?;
+        let irq = pc.com1.lock().irq().map_err(|error| MachineError::Device(error.to_string()))?;
+        setup("connect the console's interrupt", vm.register_irqfd(&irq, serial::COM1_IRQ))?;
         let cpuid = setup("list its CPUID", kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
         let mut cpus = Vec::new();
         for n in 0..request.cpus {
             let fd = setup("create a vCPU", vm.create_vcpu(n.into()))?;
             let state = (n == 0).then_some(&entry.bsp);
             init_vcpu(&fd, n, &cpuid, state)?;
-            cpus.push(KvmCpu::new(fd, bus.clone(), ram.mem().clone(), arm_hook(n)));
+            cpus.push(KvmCpu::new(fd, pc.bus.clone(), ram.mem().clone(), arm_hook(n)));
         }
-        Ok(Self { vm, cpus, serial, entry })
+        Ok(Self { vm, cpus, serial: pc.com1, entry })
     }
 }
 
@@ -158,18 +158,6 @@ fn new_vm(kvm: &Kvm) -> Result<VmFd, HostError> {
         }
     }
     Ok(vm)
-}
-
-fn devices(vm: &VmFd, console: Console) -> Result<(Bus, Shared<Serial>), MachineError> {
-    let device = |error: &dyn std::fmt::Display| MachineError::Device(error.to_string());
-    let serial = Serial::new(console).map_err(|error| device(&error))?;
-    let irq = serial.irq().map_err(|error| device(&error))?;
-    setup("connect the console's interrupt", vm.register_irqfd(&irq, serial::COM1_IRQ))?;
-    let serial = Shared::new(serial);
-    let mut bus = Bus::new();
-    bus.add_pio(serial::COM1, serial::PORTS, &serial).map_err(|error| device(&error))?;
-    bus.add_pio(exit::PORT, exit::PORTS, &Shared::new(ExitPort)).map_err(|error| device(&error))?;
-    Ok((bus, serial))
 }
 
 fn init_vcpu(fd: &VcpuFd, id: u32, supported: &CpuId, state: Option<&CpuState>) -> Result<(), HostError> {
