@@ -1,6 +1,10 @@
 //! The debug core in gdb's words.
 #![forbid(unsafe_code)]
 
+pub mod address;
+mod arch;
 mod debuggee;
+mod framing;
+pub mod limits;
 
 pub use debuggee::{Debuggee, DebuggeeError};
