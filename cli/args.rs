@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use trapline_gdbstub_glue::GdbAddress;
+use trapline_gdbstub_glue::Address;
 use trapline_vmm::boot::{ApStart, Format};
 use trapline_vmm::limits::{MAX_MEMORY, MAX_VCPUS, MIB, MIN_MEMORY};
 
@@ -55,7 +55,7 @@ pub(crate) struct RunArgs {
 
     /// Serve gdb here: :PORT (loopback), HOST:PORT or unix:PATH
     #[arg(long, value_name = "ADDR")]
-    pub(crate) gdb: Option<GdbAddress>,
+    pub(crate) gdb: Option<Address>,
 
     /// Let a gdb ADDR that other machines can reach be used: whoever connects controls the guest
     #[arg(long, requires = "gdb")]

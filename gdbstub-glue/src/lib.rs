@@ -7,4 +7,5 @@ mod debuggee;
 mod framing;
 pub mod limits;
 
+pub use address::{Address, AddressError};
 pub use debuggee::{Debuggee, DebuggeeError};
