@@ -6,13 +6,16 @@
 
 #![deny(unsafe_code)]
 
+pub mod acpi;
 pub mod boot;
 pub mod coordinator;
+pub mod cpuid;
 pub mod debug;
 pub mod devices;
 pub mod limits;
 mod machine;
 pub mod memory;
+pub mod msrs;
 pub mod paging;
 mod sync;
 pub mod vcpu;

@@ -26,9 +26,7 @@ pub enum MemoryError {
         size: u64,
     },
     /// The size is no multiple of the page size.
-    #[error(
-        "guest memory of {size} bytes is not a whole number of pages; give a multiple of {PAGE_SIZE} bytes"
-    )]
+    #[error("guest memory of {size} bytes is not a whole number of pages; give a multiple of {PAGE_SIZE} bytes")]
     NotPaged {
         /// The size asked for, in bytes.
         size: u64,
@@ -147,29 +145,17 @@ impl GuestRam {
 
     /// The memory map that every boot protocol hands to the guest, ascending and without overlap.
     pub fn e820(&self) -> Vec<E820Entry> {
-        let entry = |start: u64, end: u64, kind| E820Entry {
-            start,
-            size: end - start,
-            kind,
-        };
+        let entry = |start: u64, end: u64, kind| E820Entry { start, size: end - start, kind };
         let mut map = vec![
             entry(0, layout::NVS_START, E820Kind::Ram),
             entry(layout::NVS_START, layout::NVS_END, E820Kind::AcpiNvs),
             entry(layout::NVS_END, layout::VGA_START, E820Kind::Reserved),
             entry(layout::ACPI_START, layout::ACPI_END, E820Kind::Reserved),
             entry(layout::HIGH_RAM_START, self.low_end(), E820Kind::Ram),
-            entry(
-                layout::KVM_IDENTITY_MAP,
-                layout::KVM_PAGES_END,
-                E820Kind::Reserved,
-            ),
+            entry(layout::KVM_IDENTITY_MAP, layout::KVM_PAGES_END, E820Kind::Reserved),
         ];
         if self.high_size() > 0 {
-            map.push(entry(
-                PCI_HOLE_END,
-                PCI_HOLE_END + self.high_size(),
-                E820Kind::Ram,
-            ));
+            map.push(entry(PCI_HOLE_END, PCI_HOLE_END + self.high_size(), E820Kind::Ram));
         }
         map
     }
@@ -194,10 +180,7 @@ mod tests {
     fn ram_is_split_around_the_pci_hole() {
         assert_eq!(ram_ranges(256 * MIB), [(0, 256 * MIB)]);
         assert_eq!(ram_ranges(3 * GIB), [(0, 3 * GIB)]);
-        assert_eq!(
-            ram_ranges(3 * GIB + PAGE_SIZE),
-            [(0, 3 * GIB), (4 * GIB, PAGE_SIZE)]
-        );
+        assert_eq!(ram_ranges(3 * GIB + PAGE_SIZE), [(0, 3 * GIB), (4 * GIB, PAGE_SIZE)]);
     }
 
     #[test]
@@ -216,14 +199,7 @@ mod tests {
 
     #[test]
     fn sizes_out_of_range_are_one_clear_line() {
-        for size in [
-            0,
-            1,
-            MIN_MEMORY - PAGE_SIZE,
-            MIN_MEMORY + 1,
-            MAX_MEMORY + PAGE_SIZE,
-            u64::MAX,
-        ] {
+        for size in [0, 1, MIN_MEMORY - PAGE_SIZE, MIN_MEMORY + 1, MAX_MEMORY + PAGE_SIZE, u64::MAX] {
             let text = GuestRam::new(size).unwrap_err().to_string();
             assert!(text.contains(&size.to_string()), "{text}");
             assert!(!text.contains('\n'), "{text}");
@@ -236,18 +212,12 @@ mod tests {
             let ram = GuestRam::new(size).unwrap();
             let map = ram.e820();
             for pair in map.windows(2) {
-                assert!(
-                    pair[0].start + pair[0].size <= pair[1].start,
-                    "{size}: {pair:?}"
-                );
+                assert!(pair[0].start + pair[0].size <= pair[1].start, "{size}: {pair:?}");
             }
             for entry in map.iter().filter(|e| e.kind != E820Kind::Reserved) {
                 assert!(entry.size > 0);
                 let whole = usize::try_from(entry.size).unwrap();
-                assert!(
-                    ram.mem().check_range(GuestAddress(entry.start), whole),
-                    "{size}: {entry:?}"
-                );
+                assert!(ram.mem().check_range(GuestAddress(entry.start), whole), "{size}: {entry:?}");
             }
         }
     }
