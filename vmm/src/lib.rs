@@ -6,14 +6,17 @@
 
 #![deny(unsafe_code)]
 
+pub mod acpi;
 pub mod boot;
 pub mod coordinator;
+pub mod cpuid;
 pub mod debug;
 pub mod devices;
 pub mod limits;
 #[cfg_attr(feature = "shuttle", allow(dead_code))]
 mod machine;
 pub mod memory;
+pub mod msrs;
 pub mod paging;
 #[cfg(not(feature = "shuttle"))]
 mod probe;

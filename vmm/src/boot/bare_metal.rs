@@ -11,11 +11,7 @@ use super::{place_initrd, write_cmdline, write_initrd};
 use crate::limits::PCI_HOLE_END;
 use crate::memory::GuestRam;
 
-pub(super) fn load(
-    ram: &GuestRam,
-    request: &BootRequest<'_>,
-    elf: &ElfImage,
-) -> Result<Entry, BootError> {
+pub(super) fn load(ram: &GuestRam, request: &BootRequest<'_>, elf: &ElfImage) -> Result<Entry, BootError> {
     let format = Format::BareMetal;
     check_entry(elf)?;
     let mut placement = Placement::new(ram, format);
@@ -43,14 +39,7 @@ pub(super) fn load(
 /// The entry point must be the same address with and without paging, and have been loaded.
 fn check_entry(elf: &ElfImage) -> Result<(), BootError> {
     let entry = elf.entry;
-    let wrong = |problem: String, advice| {
-        Err(BootError::malformed(
-            Format::BareMetal,
-            "e_entry",
-            problem,
-            advice,
-        ))
-    };
+    let wrong = |problem: String, advice| Err(BootError::malformed(Format::BareMetal, "e_entry", problem, advice));
     if !elf.is_64 {
         return Err(BootError::malformed(
             Format::BareMetal,
@@ -68,15 +57,11 @@ fn check_entry(elf: &ElfImage) -> Result<(), BootError> {
     match elf.segment_at_physical(entry) {
         Some(segment) if segment.vaddr == segment.paddr => Ok(()),
         Some(segment) => wrong(
-            format!(
-                "{entry:#x} is in a segment linked for {:#x} but loaded at {:#x}",
-                segment.vaddr, segment.paddr
-            ),
+            format!("{entry:#x} is in a segment linked for {:#x} but loaded at {:#x}", segment.vaddr, segment.paddr),
             "link the entry code to its physical address",
         ),
-        None => wrong(
-            format!("{entry:#x} is in none of the load segments"),
-            "set the entry point in the linker script",
-        ),
+        None => {
+            wrong(format!("{entry:#x} is in none of the load segments"), "set the entry point in the linker script")
+        }
     }
 }

@@ -48,10 +48,7 @@ fn wrong(field: &'static str, problem: impl Into<String>, advice: &'static str) 
 impl Header {
     /// Reads the setup header and checks every field that loading relies on.
     pub(super) fn parse(image: Image<'_>) -> Result<Self, BootError> {
-        let read = |source| BootError::Read {
-            what: "kernel",
-            source,
-        };
+        let read = |source| BootError::Read { what: "kernel", source };
         let start = image.read_up_to(0, HEADER_END).map_err(read)?;
         let setup = setup_bytes(&start)?;
         let len = image.len().map_err(read)?;
@@ -59,27 +56,15 @@ impl Header {
         if version < PROTOCOL_2_12 {
             return Err(wrong(
                 "version",
-                format!(
-                    "boot protocol {}.{:02} is older than 2.12",
-                    version >> 8,
-                    version & 0xff
-                ),
+                format!("boot protocol {}.{:02} is older than 2.12", version >> 8, version & 0xff),
                 "give a kernel of Linux 3.8 or newer",
             ));
         }
         if setup.loadflags & LOADED_HIGH == 0 {
-            return Err(wrong(
-                "loadflags",
-                "the image is a zImage",
-                "give a bzImage",
-            ));
+            return Err(wrong("loadflags", "the image is a zImage", "give a bzImage"));
         }
         if setup.xloadflags & XLF_KERNEL_64 == 0 {
-            return Err(wrong(
-                "xloadflags",
-                "there is no 64-bit entry point",
-                "give a kernel built with CONFIG_64BIT",
-            ));
+            return Err(wrong("xloadflags", "there is no 64-bit entry point", "give a kernel built with CONFIG_64BIT"));
         }
         let sectors = match setup.setup_sects {
             0 => 4,
@@ -99,9 +84,7 @@ impl Header {
         if promised > payload_len.next_multiple_of(16) {
             return Err(wrong(
                 "syssize",
-                format!(
-                    "{promised:#x} bytes are promised after the setup code, the file has {payload_len:#x}"
-                ),
+                format!("{promised:#x} bytes are promised after the setup code, the file has {payload_len:#x}"),
                 CUT_SHORT,
             ));
         }
@@ -115,17 +98,9 @@ impl Header {
         }
         let alignment = setup.kernel_alignment;
         if setup.relocatable_kernel != 0 && !alignment.is_power_of_two() {
-            return Err(wrong(
-                "kernel_alignment",
-                format!("{alignment:#x} is not a power of two"),
-                CORRUPT,
-            ));
+            return Err(wrong("kernel_alignment", format!("{alignment:#x} is not a power of two"), CORRUPT));
         }
-        Ok(Self {
-            setup,
-            payload,
-            payload_len,
-        })
+        Ok(Self { setup, payload, payload_len })
     }
 
     /// Where the kernel proper goes: where it was built for, or where it fits if it can be relocated.
@@ -151,11 +126,7 @@ fn setup_bytes(start: &[u8]) -> Result<setup_header, BootError> {
     let length = start.get(LENGTH_AT).copied().unwrap_or(0);
     let end = MAGIC_AT + usize::from(length);
     let present = start.get(HEADER_START..end).ok_or_else(|| {
-        wrong(
-            "setup header",
-            format!("it ends at {end:#x}, the file at {:#x}", start.len()),
-            CUT_SHORT,
-        )
+        wrong("setup header", format!("it ends at {end:#x}, the file at {:#x}", start.len()), CUT_SHORT)
     })?;
     let mut setup = setup_header::default();
     let room = setup.as_mut_slice();
@@ -164,11 +135,7 @@ fn setup_bytes(start: &[u8]) -> Result<setup_header, BootError> {
     Ok(setup)
 }
 
-pub(super) fn load(
-    ram: &GuestRam,
-    request: &BootRequest<'_>,
-    header: &Header,
-) -> Result<Entry, BootError> {
+pub(super) fn load(ram: &GuestRam, request: &BootRequest<'_>, header: &Header) -> Result<Entry, BootError> {
     let format = Format::BzImage;
     let mut placement = Placement::new(ram, format);
     let (address, need) = header.load_address(&mut placement)?;
@@ -204,10 +171,7 @@ fn copy(ram: &GuestRam, image: Image<'_>, header: &Header, to: u64) -> Result<()
     loaded.map(|_| ()).map_err(|e| {
         wrong(
             "protected-mode part",
-            format!(
-                "{:#x} bytes at {:#x}: {e}",
-                header.payload_len, header.payload
-            ),
+            format!("{:#x} bytes at {:#x}: {e}", header.payload_len, header.payload),
             CUT_SHORT,
         )
     })

@@ -3,9 +3,7 @@
 //! linux-loader's ELF loader knows ELF64 only, allocates by unchecked header fields and names no field in its errors;
 //! all ELF kernels, Multiboot's ELF32 ones included, therefore share this one.
 
-use object::elf::{
-    EM_386, EM_X86_64, ET_DYN, ET_EXEC, FileHeader32, FileHeader64, PT_LOAD, PT_NOTE,
-};
+use object::elf::{EM_386, EM_X86_64, ET_DYN, ET_EXEC, FileHeader32, FileHeader64, PT_LOAD, PT_NOTE};
 use object::read::elf::{FileHeader, ProgramHeader};
 use object::{Endianness, ReadCache};
 
@@ -52,10 +50,7 @@ const PHYS32_ENTRY: u32 = 18;
 impl ElfImage {
     /// Reads all headers and checks them against the file and each other.
     pub(super) fn parse(image: Image<'_>) -> Result<Self, BootError> {
-        let read = |source| BootError::Read {
-            what: "kernel",
-            source,
-        };
+        let read = |source| BootError::Read { what: "kernel", source };
         let ident = image.read_up_to(0, 16).map_err(read)?;
         if ident.len() < 16 {
             return Err(wrong("e_ident", "the file ends inside it", CUT_SHORT));
@@ -71,11 +66,7 @@ impl ElfImage {
         match ident[CLASS] {
             1 => parse_class::<FileHeader32<Endianness>>(&cache, image),
             2 => parse_class::<FileHeader64<Endianness>>(&cache, image),
-            other => Err(wrong(
-                "e_ident[EI_CLASS]",
-                format!("{other} is neither 32-bit (1) nor 64-bit (2)"),
-                CORRUPT,
-            )),
+            other => Err(wrong("e_ident[EI_CLASS]", format!("{other} is neither 32-bit (1) nor 64-bit (2)"), CORRUPT)),
         }
     }
 
@@ -100,20 +91,13 @@ impl ElfImage {
     /// From the first to the last byte in guest-physical memory.
     pub(super) fn range(&self) -> std::ops::Range<u64> {
         let starts = self.segments.iter().map(|s| s.paddr);
-        let ends = self
-            .segments
-            .iter()
-            .map(|s| s.paddr.saturating_add(s.mem_size));
+        let ends = self.segments.iter().map(|s| s.paddr.saturating_add(s.mem_size));
         starts.min().unwrap_or(0)..ends.max().unwrap_or(0)
     }
 
     /// The segment whose guest-physical addresses contain `address`.
     pub(super) fn segment_at_physical(&self, address: u64) -> Option<&Segment> {
-        self.segments.iter().find(|s| {
-            address
-                .checked_sub(s.paddr)
-                .is_some_and(|off| off < s.mem_size)
-        })
+        self.segments.iter().find(|s| address.checked_sub(s.paddr).is_some_and(|off| off < s.mem_size))
     }
 
     /// The guest-physical address of a virtual address, by the segment that contains it.
@@ -130,10 +114,7 @@ fn wrong(field: &'static str, problem: impl Into<String>, advice: &'static str) 
 }
 
 /// Parses one class of ELF.
-fn parse_class<H>(
-    cache: &ReadCache<ImageReader<'_>>,
-    image: Image<'_>,
-) -> Result<ElfImage, BootError>
+fn parse_class<H>(cache: &ReadCache<ImageReader<'_>>, image: Image<'_>) -> Result<ElfImage, BootError>
 where
     H: FileHeader<Endian = Endianness>,
 {
@@ -142,11 +123,7 @@ where
     let is_64 = header.is_class_64();
     let machine = header.e_machine(endian);
     if machine != EM_X86_64 && (is_64 || machine != EM_386) {
-        return Err(wrong(
-            "e_machine",
-            format!("{} is not x86", machine.0),
-            "build the kernel for x86-64",
-        ));
+        return Err(wrong("e_machine", format!("{} is not x86", machine.0), "build the kernel for x86-64"));
     }
     match header.e_type(endian) {
         ET_EXEC => {}
@@ -165,24 +142,13 @@ where
             ));
         }
     }
-    let headers = header.program_headers(endian, cache).map_err(|e| {
-        wrong(
-            "program headers (e_phoff, e_phnum)",
-            e.to_string(),
-            CUT_SHORT,
-        )
-    })?;
+    let headers = header
+        .program_headers(endian, cache)
+        .map_err(|e| wrong("program headers (e_phoff, e_phnum)", e.to_string(), CUT_SHORT))?;
     if headers.len() > MAX_PROGRAM_HEADERS {
-        return Err(wrong(
-            "e_phnum",
-            format!("{} is more than {MAX_PROGRAM_HEADERS}", headers.len()),
-            CORRUPT,
-        ));
+        return Err(wrong("e_phnum", format!("{} is more than {MAX_PROGRAM_HEADERS}", headers.len()), CORRUPT));
     }
-    let len = image.len().map_err(|source| BootError::Read {
-        what: "kernel",
-        source,
-    })?;
+    let len = image.len().map_err(|source| BootError::Read { what: "kernel", source })?;
     let mut segments = Vec::new();
     let mut pvh_entry = None;
     for header in headers {
@@ -201,11 +167,7 @@ where
     }
     // `strip --only-keep-debug` turns every segment's content into nothing but keeps the headers.
     if segments.iter().all(|s: &Segment| s.file_size == 0) {
-        return Err(wrong(
-            "p_filesz",
-            "no segment has content",
-            "give the kernel itself, not its separate debug file",
-        ));
+        return Err(wrong("p_filesz", "no segment has content", "give the kernel itself, not its separate debug file"));
     }
     Ok(ElfImage {
         is_64,
@@ -235,18 +197,11 @@ where
     if segment.file_size > segment.mem_size {
         return Err(wrong(
             "p_filesz",
-            format!(
-                "{:#x} is more than p_memsz {:#x}",
-                segment.file_size, segment.mem_size
-            ),
+            format!("{:#x} is more than p_memsz {:#x}", segment.file_size, segment.mem_size),
             CORRUPT,
         ));
     }
-    if segment
-        .offset
-        .checked_add(segment.file_size)
-        .is_none_or(|end| end > len)
-    {
+    if segment.offset.checked_add(segment.file_size).is_none_or(|end| end > len) {
         return Err(wrong(
             "p_offset + p_filesz",
             format!(
@@ -267,11 +222,7 @@ where
     let endian = Endianness::Little;
     let size: u64 = header.p_filesz(endian).into();
     if size > MAX_NOTE_SEGMENT {
-        return Err(wrong(
-            "p_filesz of PT_NOTE",
-            format!("{size:#x} is more than {MAX_NOTE_SEGMENT:#x}"),
-            CORRUPT,
-        ));
+        return Err(wrong("p_filesz of PT_NOTE", format!("{size:#x} is more than {MAX_NOTE_SEGMENT:#x}"), CORRUPT));
     }
     let bad = |e: object::read::Error| wrong("PT_NOTE", e.to_string(), CUT_SHORT);
     let Some(mut notes) = header.notes(endian, cache).map_err(bad)? else {
@@ -281,14 +232,7 @@ where
     while let Ok(Some(note)) = notes.next() {
         if note.name() == XEN && note.n_type(endian).0 == PHYS32_ENTRY {
             let address = note.desc().first_chunk::<4>().ok_or_else(|| {
-                wrong(
-                    "PVH note",
-                    format!(
-                        "its descriptor has {} of at least 4 bytes",
-                        note.desc().len()
-                    ),
-                    CORRUPT,
-                )
+                wrong("PVH note", format!("its descriptor has {} of at least 4 bytes", note.desc().len()), CORRUPT)
             })?;
             return Ok(Some(u32::from_le_bytes(*address)));
         }
@@ -304,9 +248,7 @@ where
     H: FileHeader<Endian = Endianness>,
 {
     let endian = Endianness::Little;
-    let has_table = header
-        .section_headers(endian, cache)
-        .is_ok_and(|all| !all.is_empty());
+    let has_table = header.section_headers(endian, cache).is_ok_and(|all| !all.is_empty());
     if !has_table {
         return contains(image, b"Linux version ");
     }
@@ -314,11 +256,7 @@ where
         return false;
     };
     let has = |wanted: &[u8]| {
-        sections.iter().any(|section| {
-            sections
-                .section_name(endian, section)
-                .is_ok_and(|name| name == wanted)
-        })
+        sections.iter().any(|section| sections.section_name(endian, section).is_ok_and(|name| name == wanted))
     };
     has(b".init.text") && (has(b"__ksymtab") || has(b"__param") || has(b".data..percpu"))
 }

@@ -32,9 +32,7 @@ pub enum BootError {
         advice: &'static str,
     },
     /// The format asked for is not the one that the image has.
-    #[error(
-        "the kernel is not a {wanted} image: {problem}; leave --boot-protocol out or give another one"
-    )]
+    #[error("the kernel is not a {wanted} image: {problem}; leave --boot-protocol out or give another one")]
     WrongProtocol {
         /// Format asked for.
         wanted: Format,
@@ -97,9 +95,7 @@ pub enum BootError {
     #[error("the initrd is empty; leave --initrd out or give a file with content")]
     InitrdEmpty,
     /// The command line is longer than the kernel (or our area) takes.
-    #[error(
-        "the command line has {len} bytes, and this {format} kernel takes {max}; shorten --cmdline"
-    )]
+    #[error("the command line has {len} bytes, and this {format} kernel takes {max}; shorten --cmdline")]
     CmdlineTooLong {
         /// Format of the kernel.
         format: Format,
@@ -121,9 +117,7 @@ pub enum BootError {
         cpus: u32,
     },
     /// Writing a table into guest memory failed, which the checks before it exclude.
-    #[error(
-        "cannot write {what} into guest memory at {at:#x}: {reason}; this is a bug, please report it"
-    )]
+    #[error("cannot write {what} into guest memory at {at:#x}: {reason}; this is a bug, please report it")]
     Write {
         /// What was written.
         what: &'static str,
@@ -142,12 +136,7 @@ impl BootError {
         problem: impl Into<String>,
         advice: &'static str,
     ) -> Self {
-        Self::Malformed {
-            format,
-            field,
-            problem: problem.into(),
-            advice,
-        }
+        Self::Malformed { format, field, problem: problem.into(), advice }
     }
 }
 

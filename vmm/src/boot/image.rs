@@ -76,10 +76,7 @@ impl<'a> Image<'a> {
     ) -> Result<(), BootError> {
         let read = |source: io::Error| BootError::Read { what, source };
         let end = || read(io::ErrorKind::UnexpectedEof.into());
-        if offset
-            .checked_add(len)
-            .is_none_or(|last| self.len().map_or(true, |available| last > available))
-        {
+        if offset.checked_add(len).is_none_or(|last| self.len().map_or(true, |available| last > available)) {
             return Err(end());
         }
         let count = usize::try_from(len).map_err(|_| end())?;
@@ -100,10 +97,7 @@ impl<'a> Image<'a> {
 
     /// A reader of its own position, for the `object` crate and linux-loader.
     pub(super) fn reader(self) -> ImageReader<'a> {
-        ImageReader {
-            image: self,
-            position: 0,
-        }
+        ImageReader { image: self, position: 0 }
     }
 }
 
@@ -130,9 +124,7 @@ impl Seek for ImageReader<'_> {
             SeekFrom::End(offset) => (self.image.len()?, offset),
             SeekFrom::Current(offset) => (self.position, offset),
         };
-        self.position = base
-            .checked_add_signed(offset)
-            .ok_or(io::ErrorKind::InvalidInput)?;
+        self.position = base.checked_add_signed(offset).ok_or(io::ErrorKind::InvalidInput)?;
         Ok(self.position)
     }
 }

@@ -86,14 +86,8 @@ pub const KVM_PAGES_END: u64 = 0xFFFC_0000;
 
 /// Ranges that no image may load into, with the words an error message uses for them.
 pub(super) const TAKEN: [(Range<u64>, &str); 2] = [
-    (
-        BOOT_INFO..NVS_START,
-        "the boot information at 0x80000-0x90000",
-    ),
-    (
-        NVS_START..HIGH_RAM_START,
-        "the firmware area at 0x90000-0x100000",
-    ),
+    (BOOT_INFO..NVS_START, "the boot information at 0x80000-0x90000"),
+    (NVS_START..HIGH_RAM_START, "the firmware area at 0x90000-0x100000"),
 ];
 
 const _: () = {

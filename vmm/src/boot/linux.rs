@@ -39,11 +39,7 @@ pub(super) fn write_boot_params(
     initrd: Option<&Range<u64>>,
 ) -> Result<(), BootError> {
     write_cmdline(ram, format, request.cmdline, setup.cmdline_size.into())?;
-    let mut params = boot_params {
-        hdr: setup,
-        acpi_rsdp_addr: layout::ACPI_START,
-        ..Default::default()
-    };
+    let mut params = boot_params { hdr: setup, acpi_rsdp_addr: layout::ACPI_START, ..Default::default() };
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
     // The kernel in the image may say that a loader put data there; we did not.
@@ -61,11 +57,7 @@ pub(super) fn write_boot_params(
     params.e820_entries = map.len() as u8;
     let mut table = params.e820_table;
     for (slot, entry) in table.iter_mut().zip(&map) {
-        *slot = boot_e820_entry {
-            addr: entry.start,
-            size: entry.size,
-            r#type: entry.kind as u32,
-        };
+        *slot = boot_e820_entry { addr: entry.start, size: entry.size, r#type: entry.kind as u32 };
     }
     params.e820_table = table;
     let params = BootParams::new(&params, GuestAddress(layout::BOOT_INFO));

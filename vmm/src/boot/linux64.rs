@@ -8,11 +8,7 @@ use super::{place_initrd, write_initrd};
 use crate::limits::PCI_HOLE_END;
 use crate::memory::GuestRam;
 
-pub(super) fn load(
-    ram: &GuestRam,
-    request: &BootRequest<'_>,
-    elf: &ElfImage,
-) -> Result<Entry, BootError> {
+pub(super) fn load(ram: &GuestRam, request: &BootRequest<'_>, elf: &ElfImage) -> Result<Entry, BootError> {
     let format = Format::Linux64;
     check_entry(elf)?;
     let mut placement = Placement::new(ram, format);
@@ -38,14 +34,7 @@ pub(super) fn load(
 
 /// `e_entry` of a vmlinux is the physical address of `startup_64`.
 fn check_entry(elf: &ElfImage) -> Result<(), BootError> {
-    let wrong = |field, problem: String, advice| {
-        Err(BootError::malformed(
-            Format::Linux64,
-            field,
-            problem,
-            advice,
-        ))
-    };
+    let wrong = |field, problem: String, advice| Err(BootError::malformed(Format::Linux64, field, problem, advice));
     if !elf.is_64 {
         return wrong(
             "e_ident[EI_CLASS]",
@@ -57,10 +46,7 @@ fn check_entry(elf: &ElfImage) -> Result<(), BootError> {
         Some(_) if elf.entry < PCI_HOLE_END => Ok(()),
         _ => wrong(
             "e_entry",
-            format!(
-                "{:#x} is not a physical address in a segment below 4 GiB",
-                elf.entry
-            ),
+            format!("{:#x} is not a physical address in a segment below 4 GiB", elf.entry),
             "give the vmlinux of an x86-64 Linux, or --boot-protocol if it is something else",
         ),
     }

@@ -23,6 +23,7 @@ mod bzimage;
 mod elf;
 mod linux;
 mod linux64;
+mod mailbox;
 mod multiboot;
 mod place;
 mod pvh;
@@ -37,6 +38,7 @@ pub use image::Image;
 pub use registers::{registers, system_registers};
 pub use tables::{CODE32, CODE64, DATA, TASK};
 
+use crate::acpi;
 use crate::limits::MAX_VCPUS;
 use crate::memory::GuestRam;
 
@@ -67,6 +69,15 @@ impl fmt::Display for Format {
             Self::BareMetal => "bare-metal ELF64",
             Self::Elf => "ELF",
         })
+    }
+}
+
+/// The state of the AP with this APIC id (1 up) before its first instruction. `None`: as KVM made it, waiting for INIT
+/// and SIPI.
+pub fn ap_state(ap_start: ApStart, apic_id: u32) -> Option<CpuState> {
+    match ap_start {
+        ApStart::Sipi => None,
+        ApStart::Mailbox => Some(mailbox::ap_state(apic_id)),
     }
 }
 
@@ -158,6 +169,12 @@ pub fn load(ram: &GuestRam, request: &BootRequest<'_>) -> Result<Entry, BootErro
         Kind::BareMetal(elf) => bare_metal::load(ram, request, &elf)?,
     };
     tables::write(ram.mem())?;
+    for (at, table) in acpi::tables(request.cpus, request.ap_start) {
+        tables::put(ram.mem(), "an ACPI table", at, &table)?;
+    }
+    if request.ap_start == ApStart::Mailbox {
+        mailbox::write(ram)?;
+    }
     Ok(entry)
 }
 
@@ -173,12 +190,7 @@ enum Kind {
 /// Finds out what the image is, or checks that it is what the request says, and reads its headers.
 fn identify(request: &BootRequest<'_>) -> Result<Kind, BootError> {
     let image = request.kernel;
-    let start = image
-        .read_up_to(0, multiboot::SEARCH)
-        .map_err(|source| BootError::Read {
-            what: "kernel",
-            source,
-        })?;
+    let start = image.read_up_to(0, multiboot::SEARCH).map_err(|source| BootError::Read { what: "kernel", source })?;
     let is_elf = start.starts_with(b"\x7fELF");
     let wanted = request.protocol;
     let multiboot = match wanted {
@@ -194,18 +206,11 @@ fn identify(request: &BootRequest<'_>) -> Result<Kind, BootError> {
     }
     let wrong = |wanted, problem| Err(BootError::WrongProtocol { wanted, problem });
     match wanted {
-        Some(Format::Multiboot) => wrong(
-            Format::Multiboot,
-            "it has no Multiboot header in its first 8 KiB",
-        ),
-        Some(Format::BzImage) if !bzimage::is_bzimage(&start) => {
-            wrong(Format::BzImage, "it has no HdrS at 0x202")
-        }
+        Some(Format::Multiboot) => wrong(Format::Multiboot, "it has no Multiboot header in its first 8 KiB"),
+        Some(Format::BzImage) if !bzimage::is_bzimage(&start) => wrong(Format::BzImage, "it has no HdrS at 0x202"),
         Some(wanted) if wanted != Format::BzImage && !is_elf => wrong(wanted, "it is no ELF"),
         Some(Format::BzImage) => Ok(Kind::BzImage(bzimage::Header::parse(image)?)),
-        None if !is_elf && bzimage::is_bzimage(&start) => {
-            Ok(Kind::BzImage(bzimage::Header::parse(image)?))
-        }
+        None if !is_elf && bzimage::is_bzimage(&start) => Ok(Kind::BzImage(bzimage::Header::parse(image)?)),
         None if !is_elf => Err(unrecognised(&start)),
         _ => identify_elf(elf::ElfImage::parse(image)?, wanted),
     }
@@ -238,12 +243,7 @@ fn unrecognised(start: &[u8]) -> BootError {
 }
 
 /// Checks the command line's length and writes it, NUL-terminated, where the layout has room for it.
-fn write_cmdline(
-    ram: &GuestRam,
-    format: Format,
-    cmdline: &str,
-    kernel_max: u64,
-) -> Result<(), BootError> {
+fn write_cmdline(ram: &GuestRam, format: Format, cmdline: &str, kernel_max: u64) -> Result<(), BootError> {
     let max = kernel_max.min(layout::CMDLINE_SIZE - 1);
     let len = cmdline.len() as u64;
     if len > max {
@@ -262,10 +262,7 @@ fn place_initrd(
     let Some(initrd) = request.initrd else {
         return Ok(None);
     };
-    let size = initrd.len().map_err(|source| BootError::Read {
-        what: "initrd",
-        source,
-    })?;
+    let size = initrd.len().map_err(|source| BootError::Read { what: "initrd", source })?;
     if size == 0 {
         return Err(BootError::InitrdEmpty);
     }
@@ -274,11 +271,7 @@ fn place_initrd(
 }
 
 /// Copies the initrd to the place found for it.
-fn write_initrd(
-    ram: &GuestRam,
-    request: &BootRequest<'_>,
-    at: Option<&Range<u64>>,
-) -> Result<(), BootError> {
+fn write_initrd(ram: &GuestRam, request: &BootRequest<'_>, at: Option<&Range<u64>>) -> Result<(), BootError> {
     if let (Some(initrd), Some(at)) = (request.initrd, at) {
         initrd.copy_to(0, at.end - at.start, ram.mem(), at.start, "initrd")?;
     }

@@ -63,9 +63,7 @@ impl Header {
             bytes.first_chunk().map(|word| u32::from_le_bytes(*word))
         };
         for at in (0..start.len()).step_by(4) {
-            let (Some(HEADER_MAGIC), Some(flags), Some(checksum)) =
-                (word(at), word(at + 4), word(at + 8))
-            else {
+            let (Some(HEADER_MAGIC), Some(flags), Some(checksum)) = (word(at), word(at + 4), word(at + 8)) else {
                 continue;
             };
             if HEADER_MAGIC.wrapping_add(flags).wrapping_add(checksum) != 0 {
@@ -83,17 +81,12 @@ impl Header {
             if flags & ADDRESS_FIELDS != 0 {
                 let mut fields = [0; 5];
                 for (n, field) in fields.iter_mut().enumerate() {
-                    *field = word(at + 12 + 4 * n).ok_or_else(|| {
-                        wrong("address fields", "the file ends inside them", CUT_SHORT)
-                    })?;
+                    *field = word(at + 12 + 4 * n)
+                        .ok_or_else(|| wrong("address fields", "the file ends inside them", CUT_SHORT))?;
                 }
                 addresses = Some(fields);
             }
-            return Ok(Some(Self {
-                flags,
-                offset: at as u64,
-                addresses,
-            }));
+            return Ok(Some(Self { flags, offset: at as u64, addresses }));
         }
         Ok(None)
     }
@@ -126,10 +119,7 @@ pub(super) fn load(
         (None, None) => {
             return Err(wrong(
                 "flags",
-                format!(
-                    "{:#x} has no address fields (bit 16) and the image is no ELF",
-                    header.flags
-                ),
+                format!("{:#x} has no address fields (bit 16) and the image is no ELF", header.flags),
                 "build the kernel as ELF or fill in the address fields",
             ));
         }
@@ -137,9 +127,7 @@ pub(super) fn load(
     let initrd = place_initrd(request, |size| placement.initrd_after_kernel(size))?;
     write_cmdline(ram, format, &command_line(request), u64::MAX)?;
     for (offset, len, to) in plan.parts {
-        request
-            .kernel
-            .copy_to(offset, len, ram.mem(), to, "kernel")?;
+        request.kernel.copy_to(offset, len, ram.mem(), to, "kernel")?;
     }
     write_initrd(ram, request, initrd.as_ref())?;
     write_info(ram, initrd.as_ref())?;
@@ -160,9 +148,7 @@ pub(super) fn load(
 /// physical one.
 fn by_elf(elf: &ElfImage, placement: &mut Placement<'_>) -> Result<Plan, BootError> {
     elf.claim(placement)?;
-    let physical = elf
-        .to_physical(elf.entry)
-        .or_else(|| elf.segment_at_physical(elf.entry).map(|_| elf.entry));
+    let physical = elf.to_physical(elf.entry).or_else(|| elf.segment_at_physical(elf.entry).map(|_| elf.entry));
     let eip = physical.and_then(|address| u32::try_from(address).ok());
     let Some(eip) = eip else {
         return Err(wrong(
@@ -172,11 +158,7 @@ fn by_elf(elf: &ElfImage, placement: &mut Placement<'_>) -> Result<Plan, BootErr
         ));
     };
     let parts = elf.segments.iter();
-    Ok(Plan {
-        parts: parts.map(|s| (s.offset, s.file_size, s.paddr)).collect(),
-        kernel: elf.range(),
-        eip,
-    })
+    Ok(Plan { parts: parts.map(|s| (s.offset, s.file_size, s.paddr)).collect(), kernel: elf.range(), eip })
 }
 
 /// Follows the header's address fields (specification 3.1.3).
@@ -186,38 +168,21 @@ fn by_addresses(
     [header_addr, load_addr, load_end, bss_end, entry]: [u32; 5],
     placement: &mut Placement<'_>,
 ) -> Result<Plan, BootError> {
-    let len = request.kernel.len().map_err(|source| BootError::Read {
-        what: "kernel",
-        source,
+    let len = request.kernel.len().map_err(|source| BootError::Read { what: "kernel", source })?;
+    let before_header = header_addr
+        .checked_sub(load_addr)
+        .ok_or_else(|| wrong("load_addr", format!("{load_addr:#x} is above header_addr {header_addr:#x}"), CORRUPT))?;
+    let offset = header.offset.checked_sub(before_header.into()).ok_or_else(|| {
+        wrong("header_addr", format!("{header_addr:#x} asks for bytes before the file's first"), CORRUPT)
     })?;
-    let before_header = header_addr.checked_sub(load_addr).ok_or_else(|| {
-        wrong(
-            "load_addr",
-            format!("{load_addr:#x} is above header_addr {header_addr:#x}"),
-            CORRUPT,
-        )
-    })?;
-    let offset = header
-        .offset
-        .checked_sub(before_header.into())
-        .ok_or_else(|| {
-            wrong(
-                "header_addr",
-                format!("{header_addr:#x} asks for bytes before the file's first"),
-                CORRUPT,
-            )
-        })?;
     let in_file = len.saturating_sub(offset);
-    let size = match load_end {
-        0 => in_file,
-        end => u64::from(end.checked_sub(load_addr).ok_or_else(|| {
-            wrong(
-                "load_end_addr",
-                format!("{end:#x} is below load_addr {load_addr:#x}"),
-                CORRUPT,
-            )
-        })?),
-    };
+    let size =
+        match load_end {
+            0 => in_file,
+            end => u64::from(end.checked_sub(load_addr).ok_or_else(|| {
+                wrong("load_end_addr", format!("{end:#x} is below load_addr {load_addr:#x}"), CORRUPT)
+            })?),
+        };
     if size > in_file {
         return Err(wrong(
             "load_end_addr",
@@ -246,11 +211,7 @@ fn by_addresses(
         ));
     }
     placement.claim("the image".to_owned(), start, end - start)?;
-    Ok(Plan {
-        parts: vec![(offset, size, start)],
-        kernel: start..end,
-        eip: entry,
-    })
+    Ok(Plan { parts: vec![(offset, size, start)], kernel: start..end, eip: entry })
 }
 
 /// Loaders put the image's name first, and test kernels skip the first word.
@@ -286,10 +247,7 @@ fn write_info(ram: &GuestRam, initrd: Option<&Range<u64>>) -> Result<(), BootErr
         set(20, 1);
         set(24, layout::MODULES);
         let words = [range.start, range.end, MODULE_NAME_AT, 0];
-        let module: Vec<u8> = words
-            .iter()
-            .flat_map(|w| (*w as u32).to_le_bytes())
-            .collect();
+        let module: Vec<u8> = words.iter().flat_map(|w| (*w as u32).to_le_bytes()).collect();
         tables::put(mem, "the module list", layout::MODULES, &module)?;
         tables::put(mem, "the module's name", MODULE_NAME_AT, b"initrd\0")?;
     }

@@ -19,11 +19,7 @@ impl<'a> Placement<'a> {
     /// Nothing but our own tables is there yet.
     pub(super) fn new(ram: &'a GuestRam, format: Format) -> Self {
         let taken = layout::TAKEN.map(|(range, what)| (range, what.to_owned()));
-        Self {
-            ram,
-            format,
-            taken: taken.to_vec(),
-        }
+        Self { ram, format, taken: taken.to_vec() }
     }
 
     /// Takes `len` bytes from `start` for a part of the kernel, or says what is wrong with it.
@@ -41,13 +37,7 @@ impl<'a> Placement<'a> {
             return Err(outside(end));
         }
         if let Some(other) = self.conflict(&(start..end)) {
-            return Err(BootError::Overlap {
-                format: self.format,
-                part,
-                start,
-                end,
-                other: other.to_owned(),
-            });
+            return Err(BootError::Overlap { format: self.format, part, start, end, other: other.to_owned() });
         }
         self.taken.push((start..end, part));
         Ok(())
@@ -55,27 +45,17 @@ impl<'a> Placement<'a> {
 
     /// Whether a range lies in RAM and is free.
     pub(super) fn is_free(&self, start: u64, len: u64) -> bool {
-        start
-            .checked_add(len)
-            .is_some_and(|end| end <= self.ram.low_end() && self.conflict(&(start..end)).is_none())
+        start.checked_add(len).is_some_and(|end| end <= self.ram.low_end() && self.conflict(&(start..end)).is_none())
     }
 
     /// End (exclusive) of the highest range taken below the PCI hole, at least 1 MiB.
     pub(super) fn top(&self) -> u64 {
         let ends = self.taken.iter().map(|(range, _)| range.end);
-        ends.filter(|end| *end <= self.ram.low_end())
-            .max()
-            .unwrap_or(0)
-            .max(layout::HIGH_RAM_START)
+        ends.filter(|end| *end <= self.ram.low_end()).max().unwrap_or(0).max(layout::HIGH_RAM_START)
     }
 
     /// Takes the highest page-aligned place for the initrd that ends at or below `limit` (an exclusive address).
-    pub(super) fn initrd_high(
-        &mut self,
-        size: u64,
-        limit: u64,
-        limit_words: &str,
-    ) -> Result<u64, BootError> {
+    pub(super) fn initrd_high(&mut self, size: u64, limit: u64, limit_words: &str) -> Result<u64, BootError> {
         let limit = limit.min(self.ram.low_end());
         let mut room = 0;
         // The gaps between what is taken, highest first. There are never more than a few.
@@ -86,10 +66,7 @@ impl<'a> Placement<'a> {
         for ceiling in ceilings {
             let floors = self.taken.iter().map(|(range, _)| range.end);
             let floor = floors.filter(|end| *end <= ceiling).max().unwrap_or(0);
-            let inside = self
-                .taken
-                .iter()
-                .any(|(range, _)| range.start < ceiling && ceiling <= range.end);
+            let inside = self.taken.iter().any(|(range, _)| range.start < ceiling && ceiling <= range.end);
             let floor = round_up(floor.max(layout::HIGH_RAM_START));
             if inside || floor >= ceiling {
                 continue;
@@ -97,16 +74,11 @@ impl<'a> Placement<'a> {
             room = room.max(ceiling - floor);
             let start = ceiling.saturating_sub(size) / PAGE_SIZE * PAGE_SIZE;
             if start >= floor {
-                self.taken
-                    .push((start..start + size, "the initrd".to_owned()));
+                self.taken.push((start..start + size, "the initrd".to_owned()));
                 return Ok(start);
             }
         }
-        Err(BootError::InitrdTooLarge {
-            size,
-            room,
-            limit: limit_words.to_owned(),
-        })
+        Err(BootError::InitrdTooLarge { size, room, limit: limit_words.to_owned() })
     }
 
     /// Takes the first page after everything else for the initrd (Multiboot kernels expect modules near).
@@ -114,23 +86,15 @@ impl<'a> Placement<'a> {
         let start = round_up(self.top());
         let room = self.ram.low_end().saturating_sub(start);
         if size > room {
-            return Err(BootError::InitrdTooLarge {
-                size,
-                room,
-                limit: String::new(),
-            });
+            return Err(BootError::InitrdTooLarge { size, room, limit: String::new() });
         }
-        self.taken
-            .push((start..start + size, "the initrd".to_owned()));
+        self.taken.push((start..start + size, "the initrd".to_owned()));
         Ok(start)
     }
 
     fn conflict(&self, range: &Range<u64>) -> Option<&str> {
         let overlaps = |other: &Range<u64>| range.start < other.end && other.start < range.end;
-        self.taken
-            .iter()
-            .find(|(other, _)| overlaps(other))
-            .map(|(_, what)| what.as_str())
+        self.taken.iter().find(|(other, _)| overlaps(other)).map(|(_, what)| what.as_str())
     }
 }
 

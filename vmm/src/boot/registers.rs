@@ -23,16 +23,9 @@ const RFLAGS: u64 = 2;
 /// The general registers of a state, complete: what the protocol does not name is 0.
 pub fn registers(state: &CpuState) -> kvm_regs {
     match *state {
-        CpuState::Long64 {
-            rip, rsp, rdi, rsi, ..
-        } => kvm_regs {
-            rip,
-            rsp,
-            rdi,
-            rsi,
-            rflags: RFLAGS,
-            ..Default::default()
-        },
+        CpuState::Long64 { rip, rsp, rdi, rsi, .. } => {
+            kvm_regs { rip, rsp, rdi, rsi, rflags: RFLAGS, ..Default::default() }
+        }
         CpuState::Protected32 { eip, esp, eax, ebx } => kvm_regs {
             rip: eip.into(),
             rsp: esp.into(),
@@ -66,16 +59,8 @@ pub fn system_registers(state: &CpuState, current: &kvm_sregs) -> kvm_sregs {
             present: 1,
             ..Default::default()
         },
-        ldt: kvm_segment {
-            type_: 2,
-            unusable: 1,
-            ..Default::default()
-        },
-        gdt: kvm_dtable {
-            base: layout::GDT,
-            limit: (size_of_val(&GDT_ENTRIES) - 1) as u16,
-            ..Default::default()
-        },
+        ldt: kvm_segment { type_: 2, unusable: 1, ..Default::default() },
+        gdt: kvm_dtable { base: layout::GDT, limit: (size_of_val(&GDT_ENTRIES) - 1) as u16, ..Default::default() },
         idt: kvm_dtable::default(),
         cr0: CR0_PE | CR0_ET | CR0_NE,
         cr2: 0,
@@ -94,10 +79,7 @@ pub fn system_registers(state: &CpuState, current: &kvm_sregs) -> kvm_sregs {
             efer: EFER_LME | EFER_LMA,
             ..base
         },
-        CpuState::Protected32 { .. } => kvm_sregs {
-            cs: segment(CODE32, 11, true, false),
-            ..base
-        },
+        CpuState::Protected32 { .. } => kvm_sregs { cs: segment(CODE32, 11, true, false), ..base },
     }
 }
 
@@ -148,31 +130,18 @@ mod tests {
     }
 
     fn long() -> CpuState {
-        CpuState::Long64 {
-            cr3: layout::PAGE_TABLES,
-            rip: 0x10_0000,
-            rsp: layout::STACK_TOP,
-            rdi: 1,
-            rsi: 2,
-        }
+        CpuState::Long64 { cr3: layout::PAGE_TABLES, rip: 0x10_0000, rsp: layout::STACK_TOP, rdi: 1, rsi: 2 }
     }
 
     fn protected() -> CpuState {
-        CpuState::Protected32 {
-            eip: 0x10_0000,
-            esp: 0x8_8000,
-            eax: 0x2BAD_B002,
-            ebx: 0x8_0000,
-        }
+        CpuState::Protected32 { eip: 0x10_0000, esp: 0x8_8000, eax: 0x2BAD_B002, ebx: 0x8_0000 }
     }
 
     #[test]
     fn segments_are_what_the_gdt_says() {
         for state in [long(), protected()] {
             let sregs = system_registers(&state, &kvm_sregs::default());
-            for seg in [
-                sregs.cs, sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss, sregs.tr,
-            ] {
+            for seg in [sregs.cs, sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss, sregs.tr] {
                 assert_eq!(seg, descriptor(seg.selector), "{state:?}");
             }
         }
@@ -195,20 +164,12 @@ mod tests {
         assert_eq!((sregs.efer, sregs.cr4), (0, 0));
         assert_eq!((sregs.cs.l, sregs.cs.db), (0, 1));
         let regs = registers(&protected());
-        assert_eq!(
-            (regs.rax, regs.rbx, regs.rflags),
-            (0x2BAD_B002, 0x8_0000, 2)
-        );
+        assert_eq!((regs.rax, regs.rbx, regs.rflags), (0x2BAD_B002, 0x8_0000, 2));
     }
 
     #[test]
     fn what_is_kvms_stays() {
-        let current = kvm_sregs {
-            apic_base: 0xfee0_0900,
-            cr2: 7,
-            cr8: 7,
-            ..Default::default()
-        };
+        let current = kvm_sregs { apic_base: 0xfee0_0900, cr2: 7, cr8: 7, ..Default::default() };
         let sregs = system_registers(&long(), &current);
         assert_eq!((sregs.apic_base, sregs.cr2, sregs.cr8), (0xfee0_0900, 0, 0));
     }

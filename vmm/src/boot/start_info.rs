@@ -29,21 +29,13 @@ pub(super) fn write(ram: &GuestRam, initrd: Option<&Range<u64>>) -> Result<(), B
         .collect();
     let modules: Vec<_> = initrd
         .iter()
-        .map(|range| hvm_modlist_entry {
-            paddr: range.start,
-            size: range.end - range.start,
-            ..Default::default()
-        })
+        .map(|range| hvm_modlist_entry { paddr: range.start, size: range.end - range.start, ..Default::default() })
         .collect();
     let info = hvm_start_info {
         magic: XEN_HVM_START_MAGIC_VALUE,
         version: 1,
         nr_modules: modules.len() as u32,
-        modlist_paddr: if modules.is_empty() {
-            0
-        } else {
-            layout::MODULES
-        },
+        modlist_paddr: if modules.is_empty() { 0 } else { layout::MODULES },
         cmdline_paddr: layout::CMDLINE,
         rsdp_paddr: layout::ACPI_START,
         memmap_paddr: layout::MEMORY_MAP,

@@ -65,16 +65,6 @@ fn page_tables() -> Vec<u8> {
 }
 
 /// Writes bytes that the layout keeps room for.
-pub(super) fn put(
-    mem: &GuestMemoryMmap,
-    what: &'static str,
-    at: u64,
-    bytes: &[u8],
-) -> Result<(), BootError> {
-    mem.write_slice(bytes, GuestAddress(at))
-        .map_err(|e| BootError::Write {
-            what,
-            at,
-            reason: e.to_string(),
-        })
+pub(super) fn put(mem: &GuestMemoryMmap, what: &'static str, at: u64, bytes: &[u8]) -> Result<(), BootError> {
+    mem.write_slice(bytes, GuestAddress(at)).map_err(|e| BootError::Write { what, at, reason: e.to_string() })
 }

@@ -81,15 +81,9 @@ impl Map {
     /// The device at an address, the offset in it, and the bytes from there to the end of its range.
     fn find(&self, address: u64) -> Option<(&Mutex<dyn Device>, u64, u64)> {
         let after = self.0.partition_point(|other| other.range.start <= address);
-        let Mapping {
-            range,
-            base,
-            device,
-        } = self.0.get(after.checked_sub(1)?)?;
+        let Mapping { range, base, device } = self.0.get(after.checked_sub(1)?)?;
         let offset = base + (address - range.start);
-        range
-            .contains(&address)
-            .then(|| (device.as_ref(), offset, range.end - address))
+        range.contains(&address).then(|| (device.as_ref(), offset, range.end - address))
     }
 
     /// An access that one device takes whole goes there in one piece; any other is split into bytes, each of which
@@ -113,9 +107,7 @@ impl Map {
     /// As [`Map::read`]. Of several events the first counts.
     fn write(&self, address: u64, data: &[u8]) -> Option<DeviceEvent> {
         match self.find(address) {
-            Some((device, offset, room)) if data.len() as u64 <= room => {
-                lock(device).write(offset, data)
-            }
+            Some((device, offset, room)) if data.len() as u64 <= room => lock(device).write(offset, data),
             _ => {
                 let mut event = None;
                 for (address, byte) in (0..).map(|n| address.wrapping_add(n)).zip(data) {
@@ -144,10 +136,7 @@ pub struct Bus {
 impl std::fmt::Debug for Bus {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let ranges = |map: &Map| map.0.iter().map(|m| m.range.clone()).collect::<Vec<_>>();
-        f.debug_struct("Bus")
-            .field("pio", &ranges(&self.pio))
-            .field("mmio", &ranges(&self.mmio))
-            .finish()
+        f.debug_struct("Bus").field("pio", &ranges(&self.pio)).field("mmio", &ranges(&self.mmio)).finish()
     }
 }
 
@@ -158,12 +147,7 @@ impl Bus {
     }
 
     /// Puts a device at `ports` I/O ports from `first`.
-    pub fn add_pio<D: Device + 'static>(
-        &mut self,
-        first: u16,
-        ports: u16,
-        device: &Shared<D>,
-    ) -> Result<(), Taken> {
+    pub fn add_pio<D: Device + 'static>(&mut self, first: u16, ports: u16, device: &Shared<D>) -> Result<(), Taken> {
         self.add_pio_part(first, ports, 0, device)
     }
 
@@ -176,24 +160,12 @@ impl Bus {
         device: &Shared<D>,
     ) -> Result<(), Taken> {
         let (first, ports) = (u64::from(first), u64::from(ports));
-        self.pio.insert(Mapping {
-            range: first..first + ports,
-            base: base.into(),
-            device: device.0.clone(),
-        })
+        self.pio.insert(Mapping { range: first..first + ports, base: base.into(), device: device.0.clone() })
     }
 
     /// Puts a device at guest-physical addresses.
-    pub fn add_mmio<D: Device + 'static>(
-        &mut self,
-        range: Range<u64>,
-        device: &Shared<D>,
-    ) -> Result<(), Taken> {
-        self.mmio.insert(Mapping {
-            range,
-            base: 0,
-            device: device.0.clone(),
-        })
+    pub fn add_mmio<D: Device + 'static>(&mut self, range: Range<u64>, device: &Shared<D>) -> Result<(), Taken> {
+        self.mmio.insert(Mapping { range, base: 0, device: device.0.clone() })
     }
 
     /// One IN of 1, 2 or 4 bytes. For string instructions see [`Bus::pio_read_string`].
@@ -210,8 +182,7 @@ impl Bus {
     /// the same port. A size of 0 reads nothing.
     pub fn pio_read_string(&self, port: u16, size: usize, data: &mut [u8]) {
         if size > 0 {
-            data.chunks_mut(size)
-                .for_each(|data| self.pio_read(port, data));
+            data.chunks_mut(size).for_each(|data| self.pio_read(port, data));
         }
     }
 
@@ -221,9 +192,7 @@ impl Bus {
         if size == 0 {
             return None;
         }
-        data.chunks(size)
-            .map(|data| self.pio_write(port, data))
-            .fold(None, Option::or)
+        data.chunks(size).map(|data| self.pio_write(port, data)).fold(None, Option::or)
     }
 
     /// A read of 1 to 8 bytes from an address that is not RAM.
@@ -262,10 +231,7 @@ mod tests {
     }
 
     fn bus() -> (Bus, Shared<Recorder>, Shared<Recorder>) {
-        let (a, b) = (
-            Shared::new(Recorder::default()),
-            Shared::new(Recorder::default()),
-        );
+        let (a, b) = (Shared::new(Recorder::default()), Shared::new(Recorder::default()));
         let mut bus = Bus::new();
         bus.add_pio(0x10, 8, &a).unwrap();
         bus.add_pio(0x18, 2, &b).unwrap();

@@ -60,25 +60,12 @@ impl std::fmt::Debug for Cmos {
 impl Cmos {
     /// A clock that shows the host's time; `low` and `high` bytes of RAM below and above 4 GiB, `cpus` vCPUs.
     pub fn new(low: u64, high: u64, cpus: u8) -> Self {
-        Self::with_clock(low, high, cpus, || {
-            SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .unwrap_or_default()
-        })
+        Self::with_clock(low, high, cpus, || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
     }
 
     /// As [`Cmos::new`], with the time since the epoch of 1970 from `now`.
-    pub fn with_clock(
-        low: u64,
-        high: u64,
-        cpus: u8,
-        now: impl Fn() -> Duration + Send + 'static,
-    ) -> Self {
-        let mut cmos = Self {
-            index: 0,
-            memory: [0; 128],
-            now: Box::new(now),
-        };
+    pub fn with_clock(low: u64, high: u64, cpus: u8, now: impl Fn() -> Duration + Send + 'static) -> Self {
+        let mut cmos = Self { index: 0, memory: [0; 128], now: Box::new(now) };
         cmos.memory[usize::from(STATUS_B)] = HOURS_24;
         // The conventional places (Ralf Brown's CMOS list; SeaBIOS and OVMF read the same): KiB of base memory, KiB
         // above 1 MiB, 64 KiB units above 16 MiB and above 4 GiB, and the number of other vCPUs.
@@ -149,8 +136,7 @@ impl Cmos {
 fn civil(day_number: u64) -> (u64, u64, u64) {
     let days = day_number + 719_468;
     let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_from_march = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
@@ -230,10 +216,7 @@ mod tests {
             let next = (year, month, day) == (last.0, last.1, last.2 + 1);
             let new_month = day == 1 && (year, month) == (last.0, last.1 + 1);
             let new_year = (year, month, day) == (last.0 + 1, 1, 1) && last.1 == 12;
-            assert!(
-                next || new_month || new_year,
-                "{last:?} -> {year}-{month}-{day}"
-            );
+            assert!(next || new_month || new_year, "{last:?} -> {year}-{month}-{day}");
             assert!((28..=31).contains(&last.2) || next);
             last = (year, month, day);
         }
@@ -244,17 +227,11 @@ mod tests {
     fn formats_follow_status_b() {
         let noon_13 = 13 * 3600 * 1_000_000_000;
         let mut cmos = at(noon_13 + 45 * 60_000_000_000);
-        for (status, hour, minute) in [
-            (HOURS_24, 0x13, 0x45),
-            (HOURS_24 | BINARY, 13, 45),
-            (0, 0x81, 0x45),
-            (BINARY, 0x81, 45),
-        ] {
+        for (status, hour, minute) in
+            [(HOURS_24, 0x13, 0x45), (HOURS_24 | BINARY, 13, 45), (0, 0x81, 0x45), (BINARY, 0x81, 45)]
+        {
             cmos.write(0, &[STATUS_B, status]);
-            assert_eq!(
-                (get(&mut cmos, HOURS), get(&mut cmos, MINUTES)),
-                (hour, minute)
-            );
+            assert_eq!((get(&mut cmos, HOURS), get(&mut cmos, MINUTES)), (hour, minute));
         }
     }
 
@@ -283,10 +260,6 @@ mod tests {
         cmos.write(0, &[YEAR, 0x99]);
         assert_eq!(get(&mut cmos, YEAR), 0x70);
         cmos.write(0, &[0x8f, 0x5a]);
-        assert_eq!(
-            get(&mut cmos, 0x0f),
-            0x5a,
-            "shutdown status, NMI bit ignored"
-        );
+        assert_eq!(get(&mut cmos, 0x0f), 0x5a, "shutdown status, NMI bit ignored");
     }
 }

@@ -33,12 +33,7 @@ pub struct FwCfg {
 impl FwCfg {
     /// For a machine with `ram_size` bytes of RAM and `cpus` vCPUs.
     pub fn new(ram_size: u64, cpus: u16) -> Self {
-        Self {
-            ram_size,
-            cpus,
-            item: Vec::new(),
-            next: 0,
-        }
+        Self { ram_size, cpus, item: Vec::new(), next: 0 }
     }
 
     /// The bytes of an item; nothing for one that we do not have.

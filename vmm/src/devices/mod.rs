@@ -16,6 +16,7 @@ pub mod reset;
 pub mod serial;
 
 pub use bus::{Bus, Device, Shared};
+pub use exit::ExitPort;
 pub use pc::{DeviceError, Pc};
 pub use serial::{Console, Serial};
 

@@ -66,11 +66,7 @@ impl Pc {
         bus.add_pio(pm::EVENT_PORT, pm::PORTS, &power)?;
         let reset = Shared::new(ResetControl::default());
         bus.add_pio(PCI_CONFIG_PORT, PCI_CONFIG_PORTS, &reset)?;
-        Ok(Self {
-            bus: Arc::new(bus),
-            com1,
-            post,
-        })
+        Ok(Self { bus: Arc::new(bus), com1, post })
     }
 }
 

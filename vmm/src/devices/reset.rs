@@ -76,10 +76,8 @@ mod tests {
     fn bus() -> Bus {
         let mut bus = Bus::new();
         let control = Shared::new(ResetControl::default());
-        bus.add_pio(PCI_CONFIG_PORT, PCI_CONFIG_PORTS, &control)
-            .unwrap();
-        bus.add_pio(PORT_A, 1, &Shared::new(PortA::default()))
-            .unwrap();
+        bus.add_pio(PCI_CONFIG_PORT, PCI_CONFIG_PORTS, &control).unwrap();
+        bus.add_pio(PORT_A, 1, &Shared::new(PortA::default())).unwrap();
         bus
     }
 
@@ -94,10 +92,7 @@ mod tests {
     #[test]
     fn a_pci_configuration_address_is_no_reset() {
         let bus = bus();
-        assert_eq!(
-            bus.pio_write(PCI_CONFIG_PORT, &0x8000_ff04u32.to_le_bytes()),
-            None
-        );
+        assert_eq!(bus.pio_write(PCI_CONFIG_PORT, &0x8000_ff04u32.to_le_bytes()), None);
         let mut data = [0; 4];
         bus.pio_read(PCI_CONFIG_PORT + 4, &mut data);
         assert_eq!(data, [0xff; 4], "no PCI device answers");

@@ -85,10 +85,7 @@ impl Serial {
     /// A port after reset that writes to `console`.
     pub fn new(console: Console) -> Result<Self, SerialError> {
         Ok(Self {
-            uart: Uart::new(
-                Irq(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?),
-                console,
-            ),
+            uart: Uart::new(Irq(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?), console),
             queue: VecDeque::new(),
             room: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             waiting: false,
@@ -130,14 +127,11 @@ impl Serial {
         while !self.queue.is_empty() && self.uart.fifo_capacity() > 0 {
             let (front, _) = self.queue.as_slices();
             let most = front.len().min(self.uart.fifo_capacity());
-            let taken = self
-                .uart
-                .enqueue_raw_bytes(&front[..most])
-                .unwrap_or_else(|error| {
-                    // The bytes are in the FIFO; only the edge went nowhere, with the machine that it was for.
-                    tracing::warn!(%error, "console input");
-                    most
-                });
+            let taken = self.uart.enqueue_raw_bytes(&front[..most]).unwrap_or_else(|error| {
+                // The bytes are in the FIFO; only the edge went nowhere, with the machine that it was for.
+                tracing::warn!(%error, "console input");
+                most
+            });
             if taken == 0 {
                 break;
             }
