@@ -19,7 +19,9 @@ const WATCHED: u64 = 0x11_0000;
 /// Whether a write watchpoint fires for a store in ring 0. `Err` says why the probe could not run.
 pub(crate) fn data_watch_fires() -> Result<bool, String> {
     static ANSWER: OnceLock<Result<bool, String>> = OnceLock::new();
-    ANSWER.get_or_init(|| run_data_watch().map_err(|error| format!("the probe of this host's KVM failed: {error}"))).clone()
+    ANSWER
+        .get_or_init(|| run_data_watch().map_err(|error| format!("the probe of this host's KVM failed: {error}")))
+        .clone()
 }
 
 fn run_data_watch() -> Result<bool, String> {
