@@ -97,6 +97,8 @@ pub struct Coordinator {
     pending: VecDeque<Stop>,
     /// Set by a stop after which the guest cannot go on.
     ending: Option<Ending>,
+    /// Registers of parked vCPUs, as far as somebody has asked. Valid while the world stands.
+    registers: Vec<Option<Registers>>,
     seq: u64,
 }
 
@@ -130,6 +132,7 @@ impl Coordinator {
             vcpus.push(VcpuHandle { inbox, thread: Some(thread), kick, mode: RunMode::Parked });
         }
         Ok(Self {
+            registers: vec![None; vcpus.len()],
             vcpus,
             messages,
             table: SlotTable::default(),
@@ -259,6 +262,7 @@ impl Coordinator {
             self.vcpus[n].mode = plan.mode(VcpuId(n as u32));
         }
         self.world = World::Running;
+        self.registers.fill(None);
         let requests: Vec<_> = self.vcpus.iter().map(|vcpu| Request::Resume(vcpu.mode)).collect();
         let resumed = self.ask_each(requests).into_iter().try_for_each(|answer| answer.map(|_| ()));
         if let Err(error) = resumed {
@@ -305,15 +309,32 @@ impl Coordinator {
 
     /// The registers of a parked vCPU.
     pub fn registers(&mut self, vcpu: VcpuId) -> Result<Registers, CoordinatorError> {
+        if let Some(Some(registers)) = self.registers.get(vcpu.index()).filter(|_| self.world == World::Stopped) {
+            return Ok(*registers);
+        }
         match self.ask_stopped(vcpu, Request::ReadRegisters)? {
-            Reply::Registers(registers) => Ok(*registers),
+            Reply::Registers(registers) => {
+                self.registers[vcpu.index()] = Some(*registers);
+                Ok(*registers)
+            }
             other => Err(CoordinatorError::vcpu_error(vcpu, format!("unexpected answer {other:?}"))),
         }
     }
 
     /// Writes the registers of a parked vCPU.
     pub fn set_registers(&mut self, vcpu: VcpuId, registers: &Registers) -> Result<(), CoordinatorError> {
+        // KVM may not keep every bit that is written: what is read next is what it has.
+        if let Some(cached) = self.registers.get_mut(vcpu.index()) {
+            *cached = None;
+        }
         self.ask_stopped(vcpu, Request::WriteRegisters(Box::new(*registers))).map(|_| ())
+    }
+
+    /// The first vCPU that was resumed last, and not left parked: where a stop that is nobody's
+    /// doing is reported.
+    pub fn first_resumed(&self) -> VcpuId {
+        let first = self.vcpus.iter().position(|vcpu| vcpu.mode != RunMode::Parked);
+        VcpuId(first.unwrap_or(0) as u32)
     }
 
     /// What a parked vCPU is doing.

@@ -164,13 +164,13 @@ impl Vm {
     }
 
     /// Stops the world and says for what: a stop that won the race, or
-    /// [`StopReason::Interrupted`] on the first vCPU.
+    /// [`StopReason::Interrupted`] on the first vCPU that ran.
     pub fn stop(&mut self) -> Result<Stop, CoordinatorError> {
         if let Some(ending) = self.ended() {
             return Ok(Stop { vcpu: VcpuId(0), reason: StopReason::Ended(ending.clone()) });
         }
         self.coordinator.stop()?;
-        let interrupted = Stop { vcpu: VcpuId(0), reason: StopReason::Interrupted };
+        let interrupted = Stop { vcpu: self.coordinator.first_resumed(), reason: StopReason::Interrupted };
         Ok(self.coordinator.take_stop().unwrap_or(interrupted))
     }
 
