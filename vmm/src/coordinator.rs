@@ -594,6 +594,7 @@ mod tests {
             coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(n)).map_or_else(|_| assert_eq!(n, 4), |()| ());
             for vcpu in [VcpuId(1), VcpuId(0)] {
                 // The answer is the one to this question: it carries the question's own number.
+                coordinator.set_registers(vcpu, &Registers::default()).unwrap();
                 let registers = coordinator.registers(vcpu).unwrap();
                 assert_eq!(registers.rip, coordinator.seq);
                 assert_eq!(coordinator.activity(vcpu).unwrap(), Activity::Runnable);

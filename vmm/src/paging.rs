@@ -54,7 +54,7 @@ impl Paging {
     pub fn translate(&self, memory: &GuestMemoryMmap, gva: u64) -> Option<Mapping> {
         if self.cr0 & CR0_PG == 0 || self.cr0 & CR0_PE == 0 {
             // 32-bit linear addresses, each its own physical one.
-            return (gva >> 32 == 0).then_some(Mapping { gpa: gva, left: (1 << 32) - gva });
+            return (gva >> 32 == 0).then(|| Mapping { gpa: gva, left: (1 << 32) - gva });
         }
         if self.efer & EFER_LMA != 0 {
             let levels = if self.cr4 & CR4_LA57 != 0 { 5 } else { 4 };
@@ -194,7 +194,7 @@ mod tests {
         let m = memory();
         put(&m, 0x1000, 0x2003);
         put(&m, 0x2000, 0x3003);
-        put(&m, 0x2008, 0x4000_0083 & !0x3fff_f000); // 1 GiB page at gva 0x4000_0000, gpa 0
+        put(&m, 0x2008, 0x83); // 1 GiB page at gva 0x4000_0000, gpa 0
         put(&m, 0x3000, 0x4003);
         put(&m, 0x3008, 0x20_0083); // 2 MiB page at gva 0x20_0000
         put(&m, 0x4000 + 8 * 5, 0x8000_0000_0000_9003); // 4 KiB page at gva 0x5000, NX set
