@@ -59,18 +59,37 @@ const PLAIN_TABLES: &[Source] = &[
     source("common/traps.c"),
 ];
 
-const GUESTS: &[Guest] = &[Guest {
-    name: "demo",
-    script: "common/guest.ld",
-    parts: &[
-        SMP,
-        PLAIN_TABLES,
-        &[source("demo/demo.c"), traced_source("demo/traced.c")],
-    ],
-}];
+const DEMO: &[Source] = &[source("demo/demo.c"), traced_source("demo/traced.c")];
+
+const FIXTURE: &[Source] = &[
+    source("fixture/tables.S"),
+    source("fixture/traps.S"),
+    source("fixture/fixture.c"),
+    source("fixture/c_properties.S"),
+    source("fixture/breakpoints.S"),
+    source("fixture/watchpoints.S"),
+    source("fixture/steps.S"),
+    source("fixture/own_debug.S"),
+    source("fixture/devices.S"),
+    source("fixture/ring3.S"),
+    source("fixture/faults.S"),
+];
+
+const GUESTS: &[Guest] = &[
+    Guest {
+        name: "demo",
+        script: "common/guest.ld",
+        parts: &[SMP, PLAIN_TABLES, DEMO],
+    },
+    Guest {
+        name: "fixture",
+        script: "fixture/fixture.ld",
+        parts: &[SMP, FIXTURE],
+    },
+];
 
 /// Directories with sources.
-const TREES: &[&str] = &["common", "demo"];
+const TREES: &[&str] = &["common", "demo", "fixture"];
 
 const COMPILE: &[&str] = &[
     "-m64",
@@ -177,11 +196,29 @@ impl Toolchain {
         Ok(object)
     }
 
+    /// Links one guest. Linker scripts may use the guests' header files.
     fn link(&self, guest: &Guest, objects: &[PathBuf]) -> Outcome<()> {
+        let script = self.out.join(guest.name).with_extension("ld");
+        let mut command = self.command();
+        command
+            .args([
+                "-E",
+                "-P",
+                "-undef",
+                "-x",
+                "c",
+                "-Icommon",
+                guest.script,
+                "-o",
+            ])
+            .arg(&script);
+        self.run(command, guest.script)?;
+
         let mut command = self.command();
         command
             .args(LINK)
-            .args(["-T", guest.script])
+            .arg("-T")
+            .arg(&script)
             .args(objects)
             .arg("-o")
             .arg(self.out.join(guest.name).with_extension("elf"));

@@ -79,6 +79,7 @@ load_tables:
 
 	.data
 	.balign 4
+	.globl ap_tickets
 ap_tickets:
 	.long 0
 

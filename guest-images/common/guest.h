@@ -48,6 +48,13 @@ static inline void wrmsr(u32 index, u64 value)
 	__asm__ volatile("wrmsr" : : "c"(index), "a"((u32)value), "d"((u32)(value >> 32)) : "memory");
 }
 
+static inline void set_bits_cr0(u64 bits)
+{
+	u64 cr0;
+
+	__asm__ volatile("movq %%cr0, %0\n\torq %1, %0\n\tmovq %0, %%cr0" : "=&r"(cr0) : "r"(bits) : "memory");
+}
+
 static inline u64 rdtsc(void)
 {
 	u32 low, high;
@@ -110,6 +117,8 @@ const u8 *acpi_madt(void);
 void lapic_enable(void);
 u32 lapic_id(void);
 void lapic_ipi(u32 apic_id, u32 low_word);
+/* A periodic timer interrupt. */
+void lapic_timer(u8 vector, u32 cycles);
 
 /* --- smp.c --- */
 
@@ -137,6 +146,10 @@ enum start_method { START_NONE, START_SIPI, START_MAILBOX };
 enum start_method smp_find_cpus(void);
 /* Starts cpus[1..]; each runs ap_main(). A CPU that does not come is left offline. */
 void smp_start_others(enum start_method method);
+/* Before the first SIPI: the code a CPU wakes up in, below 1 MiB. */
+void smp_place_trampoline(void);
+/* INIT and SIPI to one of cpus[]; it then comes to ap_main(). */
+void smp_start_by_sipi(struct cpu *cpu);
 /* Waits until *flag is set; 0 if that takes far too long. */
 int wait_for(volatile u32 *flag);
 

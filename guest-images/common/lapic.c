@@ -10,9 +10,15 @@
 #define REG_ICR_LOW 0x300
 #define REG_ICR_HIGH 0x310
 
+#define REG_LVT_TIMER 0x320
+#define REG_TIMER_INITIAL 0x380
+#define REG_TIMER_DIVIDE 0x3e0
+
 #define MSR_X2APIC 0x800
 #define SOFTWARE_ENABLE 0x100
 #define SPURIOUS_VECTOR 0xff
+#define TIMER_PERIODIC (1 << 17)
+#define DIVIDE_BY_1 0xb
 
 static int x2apic(void)
 {
@@ -24,12 +30,24 @@ static u64 xapic(void)
 	return rdmsr(MSR_APIC_BASE) & APIC_BASE_ADDRESS;
 }
 
-void lapic_enable(void)
+static void write_register(u32 reg, u32 value)
 {
 	if (x2apic())
-		wrmsr(MSR_X2APIC + REG_SPURIOUS / 16, SOFTWARE_ENABLE | SPURIOUS_VECTOR);
+		wrmsr(MSR_X2APIC + reg / 16, value);
 	else
-		write32(xapic() + REG_SPURIOUS, SOFTWARE_ENABLE | SPURIOUS_VECTOR);
+		write32(xapic() + reg, value);
+}
+
+void lapic_enable(void)
+{
+	write_register(REG_SPURIOUS, SOFTWARE_ENABLE | SPURIOUS_VECTOR);
+}
+
+void lapic_timer(u8 vector, u32 cycles)
+{
+	write_register(REG_TIMER_DIVIDE, DIVIDE_BY_1);
+	write_register(REG_LVT_TIMER, TIMER_PERIODIC | vector);
+	write_register(REG_TIMER_INITIAL, cycles);
 }
 
 u32 lapic_id(void)

@@ -88,7 +88,16 @@ static void start_by_mailbox(struct cpu *cpu)
 	*(volatile u16 *)(mailbox + MAILBOX_COMMAND) = COMMAND_WAKEUP;
 }
 
-static void start_by_sipi(struct cpu *cpu)
+/* Puts the real-mode code where a SIPI starts it; again is harmless. */
+void smp_place_trampoline(void)
+{
+	volatile u8 *to = (volatile u8 *)TRAMPOLINE;
+
+	for (const u8 *from = trampoline_begin; from < trampoline_end; from++)
+		*to++ = *from;
+}
+
+void smp_start_by_sipi(struct cpu *cpu)
 {
 	lapic_ipi(cpu->apic_id, ICR_INIT);
 	lapic_ipi(cpu->apic_id, ICR_STARTUP | TRAMPOLINE >> 12);
@@ -96,19 +105,15 @@ static void start_by_sipi(struct cpu *cpu)
 
 void smp_start_others(enum start_method method)
 {
-	if (method == START_SIPI) {
-		volatile u8 *to = (volatile u8 *)TRAMPOLINE;
-
-		for (const u8 *from = trampoline_begin; from < trampoline_end; from++)
-			*to++ = *from;
-	}
+	if (method == START_SIPI)
+		smp_place_trampoline();
 	lapic_enable();
 	for (u32 i = 1; i < cpu_count && method != START_NONE; i++) {
 		if (method == START_MAILBOX) {
 			start_by_mailbox(&cpus[i]);
 			wait_for(&cpus[i].online); /* the mailbox has one place */
 		} else {
-			start_by_sipi(&cpus[i]);
+			smp_start_by_sipi(&cpus[i]);
 		}
 	}
 	for (u32 i = 1; i < cpu_count && method == START_SIPI; i++)

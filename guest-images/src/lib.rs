@@ -15,6 +15,7 @@
 
 pub mod demo;
 mod elf;
+pub mod fixture;
 
 pub use elf::{entry, symbol, symbols};
 

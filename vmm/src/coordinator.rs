@@ -107,12 +107,26 @@ impl Coordinator {
         cpus: Vec<(C, Kick)>,
         notify: impl Fn() + Clone + Send + 'static,
     ) -> std::io::Result<Self> {
+        let bodies = cpus.into_iter().map(|(cpu, kick)| {
+            let notify = notify.clone();
+            let body = move |id, commands, outbox| VcpuThread::new(id, cpu, commands, outbox, Box::new(notify)).main();
+            (body, kick)
+        });
+        Self::with_threads(bodies)
+    }
+
+    /// Starts a thread for each body, which speaks the protocol until it is told to quit.
+    fn with_threads<B>(bodies: impl Iterator<Item = (B, Kick)>) -> std::io::Result<Self>
+    where
+        B: FnOnce(VcpuId, mpsc::Receiver<Command>, mpsc::Sender<Message>) + Send + 'static,
+    {
         let (outbox, messages) = mpsc::channel();
-        let mut vcpus = Vec::with_capacity(cpus.len());
-        for (n, (cpu, kick)) in cpus.into_iter().enumerate() {
+        let mut vcpus = Vec::new();
+        for (n, (body, kick)) in bodies.enumerate() {
             let (inbox, commands) = mpsc::channel();
-            let vcpu = VcpuThread::new(VcpuId(n as u32), cpu, commands, outbox.clone(), Box::new(notify.clone()));
-            let thread = spawn(format!("vcpu{n}"), move || vcpu.main())?;
+            let outbox = outbox.clone();
+            let name = format!("vcpu{n}");
+            let thread = thread::Builder::new().name(name).spawn(move || body(VcpuId(n as u32), commands, outbox))?;
             vcpus.push(VcpuHandle { inbox, thread: Some(thread), kick, mode: RunMode::Parked });
         }
         Ok(Self {
@@ -512,6 +526,98 @@ fn ending_of(reason: &StopReason) -> Option<Ending> {
     }
 }
 
-fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> std::io::Result<thread::JoinHandle<()>> {
-    thread::Builder::new().name(name).spawn(body)
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vcpu::Registers;
+
+    /// A vCPU that speaks the protocol, and each answer as often and in whatever disorder `say`
+    /// chooses.
+    fn coordinator(say: impl Fn(&mpsc::Sender<Message>, Answer) + Clone + Send + 'static) -> Coordinator {
+        let bodies = (0..2).map(|_| {
+            let say = say.clone();
+            let body = move |vcpu, commands: mpsc::Receiver<Command>, outbox: mpsc::Sender<Message>| {
+                while let Ok(Command { seq, request }) = commands.recv() {
+                    let quit = matches!(request, Request::Quit);
+                    let result = Ok(match request {
+                        Request::ReadRegisters => {
+                            Reply::Registers(Box::new(Registers { rip: seq, ..Registers::default() }))
+                        }
+                        Request::ReadActivity => Reply::Activity(Activity::Runnable),
+                        _ => Reply::Done,
+                    });
+                    say(&outbox, Answer { vcpu, seq, result });
+                    if quit {
+                        return;
+                    }
+                }
+            };
+            (body, Box::new(|_: &thread::JoinHandle<()>| ()) as Kick)
+        });
+        Coordinator::with_threads(bodies).unwrap()
+    }
+
+    fn copy(answer: &Answer) -> Answer {
+        let result = match &answer.result {
+            Ok(Reply::Done) => Ok(Reply::Done),
+            Ok(Reply::Registers(registers)) => Ok(Reply::Registers(registers.clone())),
+            Ok(Reply::Activity(activity)) => Ok(Reply::Activity(*activity)),
+            Err(error) => Err(error.clone()),
+        };
+        Answer { vcpu: answer.vcpu, seq: answer.seq, result }
+    }
+
+    fn exercise(say: impl Fn(&mpsc::Sender<Message>, Answer) + Clone + Send + 'static) {
+        let mut coordinator = coordinator(say);
+        for n in 0..5 {
+            coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(n)).map_or_else(|_| assert_eq!(n, 4), |()| ());
+            for vcpu in [VcpuId(1), VcpuId(0)] {
+                // The answer is the one to this question: it carries the question's own number.
+                let registers = coordinator.registers(vcpu).unwrap();
+                assert_eq!(registers.rip, coordinator.seq);
+                assert_eq!(coordinator.activity(vcpu).unwrap(), Activity::Runnable);
+            }
+        }
+        assert_eq!(coordinator.registers(VcpuId(2)), Err(CoordinatorError::NoSuchVcpu { vcpu: VcpuId(2) }));
+    }
+
+    fn in_any_order(test: impl Fn() + Send + Sync + 'static) {
+        #[cfg(feature = "shuttle")]
+        shuttle::check_random(test, 400);
+        #[cfg(not(feature = "shuttle"))]
+        test();
+    }
+
+    #[test]
+    fn duplicate_answers_change_nothing() {
+        in_any_order(|| {
+            exercise(|outbox, answer| {
+                let _ = outbox.send(Message::Answer(copy(&answer)));
+                let _ = outbox.send(Message::Answer(answer));
+            });
+        });
+    }
+
+    #[test]
+    fn answers_to_old_questions_change_nothing() {
+        in_any_order(|| {
+            exercise(|outbox, answer| {
+                // The answer before last comes along again, as one that was given up on does.
+                if answer.seq > 1 {
+                    let _ = outbox.send(Message::Answer(Answer { seq: answer.seq - 1, ..copy(&answer) }));
+                }
+                let _ = outbox.send(Message::Answer(answer));
+            });
+        });
+    }
+
+    #[test]
+    fn answers_of_vcpus_that_do_not_exist_change_nothing() {
+        in_any_order(|| {
+            exercise(|outbox, answer| {
+                let _ = outbox.send(Message::Answer(Answer { vcpu: VcpuId(77), ..copy(&answer) }));
+                let _ = outbox.send(Message::Answer(answer));
+            });
+        });
+    }
 }

@@ -13,10 +13,13 @@ pub mod cpuid;
 pub mod debug;
 pub mod devices;
 pub mod limits;
+#[cfg_attr(feature = "shuttle", allow(dead_code))]
 mod machine;
 pub mod memory;
 pub mod msrs;
 pub mod paging;
+#[cfg(not(feature = "shuttle"))]
+mod probe;
 mod sync;
 pub mod vcpu;
 #[cfg(not(feature = "shuttle"))]

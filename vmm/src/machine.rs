@@ -5,18 +5,19 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
-    KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_lapic_state, kvm_mp_state, kvm_pit_config,
+    KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_cpuid_entry2, kvm_enable_cap, kvm_lapic_state, kvm_mp_state, kvm_pit_config,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use crate::boot::{self, BootError, BootRequest, CpuState, Entry, layout};
-use crate::devices::{Bus, Console, ExitPort, Serial, Shared, exit, serial};
+use crate::cpuid::{self, Topology};
+use crate::devices::{Console, Pc, Serial, Shared, serial};
 use crate::memory::GuestRam;
+use crate::msrs;
 use crate::vcpu::{ArmHook, KvmCpu};
 
 /// This host cannot run guests. Each says what to do about it.
@@ -26,7 +27,9 @@ pub enum HostError {
     #[error("/dev/kvm does not exist; load the kvm_intel or kvm_amd module, or enable virtualisation in the firmware")]
     NoKvm,
     /// /dev/kvm may not be opened.
-    #[error("no permission to open /dev/kvm; add yourself to its group (usually: sudo usermod -aG kvm $USER, then log in again)")]
+    #[error(
+        "no permission to open /dev/kvm; add yourself to its group (usually: sudo usermod -aG kvm $USER, then log in again)"
+    )]
     Permission,
     /// /dev/kvm could not be opened for another reason.
     #[error("cannot open /dev/kvm: {0}; is another hypervisor using the processor's virtualisation?")]
@@ -126,17 +129,19 @@ impl Machine {
             // clone of, and nothing else lives in it.
             setup("map guest memory", unsafe { vm.set_user_memory_region(region) })?;
         }
-        let (bus, serial) = devices(&vm, console)?;
-        let bus = Arc::new(bus);
-        let cpuid = setup("list its CPUID", kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
+        let pc = Pc::new(ram, request.cpus as u8, console).map_err(|error| MachineError::Device(error.to_string()))?;
+        let irq = pc.com1.lock().irq().map_err(|error| MachineError::Device(error.to_string()))?;
+        setup("connect the console's interrupt", vm.register_irqfd(&irq, serial::COM1_IRQ))?;
+        let supported = setup("list its CPUID", kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
+        let topology = Topology { cpus: request.cpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) };
         let mut cpus = Vec::new();
         for n in 0..request.cpus {
             let fd = setup("create a vCPU", vm.create_vcpu(n.into()))?;
-            let state = (n == 0).then_some(&entry.bsp);
-            init_vcpu(&fd, n, &cpuid, state)?;
-            cpus.push(KvmCpu::new(fd, bus.clone(), ram.mem().clone(), arm_hook(n)));
+            let state = if n == 0 { Some(entry.bsp) } else { boot::ap_state(request.ap_start, n) };
+            init_vcpu(&fd, &cpuid::vcpu_entries(supported.as_slice(), n, topology), state)?;
+            cpus.push(KvmCpu::new(fd, pc.bus.clone(), ram.mem().clone(), arm_hook(n)));
         }
-        Ok(Self { vm, cpus, serial, entry })
+        Ok(Self { vm, cpus, serial: pc.com1, entry })
     }
 }
 
@@ -159,36 +164,27 @@ fn new_vm(kvm: &Kvm) -> Result<VmFd, HostError> {
     Ok(vm)
 }
 
-fn devices(vm: &VmFd, console: Console) -> Result<(Bus, Shared<Serial>), MachineError> {
-    let device = |error: &dyn std::fmt::Display| MachineError::Device(error.to_string());
-    let serial = Serial::new(console).map_err(|error| device(&error))?;
-    let irq = serial.irq().map_err(|error| device(&error))?;
-    setup("connect the console's interrupt", vm.register_irqfd(&irq, serial::COM1_IRQ))?;
-    let serial = Shared::new(serial);
-    let mut bus = Bus::new();
-    bus.add_pio(serial::COM1, serial::PORTS, &serial).map_err(|error| device(&error))?;
-    bus.add_pio(exit::PORT, exit::PORTS, &Shared::new(ExitPort)).map_err(|error| device(&error))?;
-    Ok((bus, serial))
-}
-
-fn init_vcpu(fd: &VcpuFd, id: u32, supported: &CpuId, state: Option<&CpuState>) -> Result<(), HostError> {
-    let mut cpuid = supported.clone();
-    for entry in cpuid.as_mut_slice() {
-        match entry.function {
-            1 => entry.ebx = (entry.ebx & 0x00ff_ffff) | id << 24,
-            0xb | 0x1f => entry.edx = id,
-            _ => {}
+/// Sets everything of a vCPU that exists before its first instruction. Without a state it waits
+/// for INIT and SIPI, as KVM made it.
+fn init_vcpu(fd: &VcpuFd, cpuid: &[kvm_cpuid_entry2], state: Option<CpuState>) -> Result<(), HostError> {
+    let cpuid = CpuId::from_entries(cpuid)
+        .map_err(|_| HostError::Setup { step: "set a vCPU's CPUID", error: io::ErrorKind::OutOfMemory.into() })?;
+    setup("set a vCPU's CPUID", fd.set_cpuid2(&cpuid))?;
+    for entry in msrs::boot_msrs() {
+        let msr = Msrs::from_entries(&[entry])
+            .map_err(|_| HostError::Setup { step: "set a vCPU's MSRs", error: io::ErrorKind::OutOfMemory.into() })?;
+        // One at a time: an MSR that this host lacks must not keep the others from being set.
+        if !matches!(fd.set_msrs(&msr), Ok(1)) {
+            tracing::debug!(msr = format_args!("{:#x}", entry.index), "this host's KVM does not take the MSR");
         }
     }
-    setup("set a vCPU's CPUID", fd.set_cpuid2(&cpuid))?;
     let mut lapic = setup("read a local APIC", fd.get_lapic())?;
     wire_lapic(&mut lapic);
     setup("set a local APIC", fd.set_lapic(&lapic))?;
-    // Without a state the vCPU waits for INIT and SIPI, as KVM made it.
     if let Some(state) = state {
         let sregs = setup("read a vCPU's registers", fd.get_sregs())?;
-        setup("set a vCPU's system registers", fd.set_sregs(&boot::system_registers(state, &sregs)))?;
-        setup("set a vCPU's registers", fd.set_regs(&boot::registers(state)))?;
+        setup("set a vCPU's system registers", fd.set_sregs(&boot::system_registers(&state, &sregs)))?;
+        setup("set a vCPU's registers", fd.set_regs(&boot::registers(&state)))?;
         setup("make a vCPU runnable", fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }))?;
     }
     Ok(())

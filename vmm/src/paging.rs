@@ -168,7 +168,9 @@ fn backed(memory: &GuestMemoryMmap, gpa: u64, len: usize) -> usize {
     if len == 0 || memory.check_range(GuestAddress(gpa), len) {
         return len;
     }
-    (0..len).take_while(|&n| gpa.checked_add(n as u64).is_some_and(|at| memory.address_in_range(GuestAddress(at)))).count()
+    (0..len)
+        .take_while(|&n| gpa.checked_add(n as u64).is_some_and(|at| memory.address_in_range(GuestAddress(at))))
+        .count()
 }
 
 #[cfg(test)]

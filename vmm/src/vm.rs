@@ -8,13 +8,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{BootError, BootRequest, Entry};
 use crate::coordinator::{Coordinator, CoordinatorError, Kick};
-use crate::debug::{
-    Breakpoint, BreakpointError, Ending, Level, Owner, ResumePlan, Stop, StopReason, VcpuId,
-};
+use crate::debug::{Breakpoint, BreakpointError, Ending, Level, Owner, ResumePlan, Stop, StopReason, VcpuId};
 use crate::devices::{Console, Serial, Shared};
 use crate::machine::{HostError, Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::paging::{self, Paging};
+use crate::probe;
 use crate::vcpu::{Activity, ArmHook, Registers, kick};
 
 /// What to make a guest from.
@@ -130,8 +129,20 @@ impl Vm {
         self.coordinator.breakpoints()
     }
 
-    /// Arms `request` on every vCPU, or nowhere; works while the guest runs.
+    /// Arms `request` on every vCPU, or nowhere; works while the guest runs. What this host's KVM
+    /// would accept and never trigger is refused.
     pub fn set_breakpoint(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
+        if request.on.is_watch() {
+            let unsupported = |why: String| BreakpointError::Unsupported { request, why };
+            if !probe::data_watch_fires().map_err(unsupported)? {
+                return Err(unsupported("this host's KVM accepts data watchpoints and never triggers them".to_owned()));
+            }
+        }
+        self.arm(owner, request)
+    }
+
+    /// As [`set_breakpoint`](Self::set_breakpoint), without asking what the host can do.
+    pub(crate) fn arm(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
         self.coordinator.set_breakpoint(owner, request)
     }
 

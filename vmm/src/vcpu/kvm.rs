@@ -13,9 +13,9 @@ use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
     KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP,
     KVM_GUESTDBG_INJECT_DB, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_INTERNAL_ERROR_EMULATION,
-    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_dtable,
-    kvm_fpu, kvm_guest_debug, kvm_guest_debug_arch, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment,
-    kvm_sregs,
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs,
+    kvm_dtable, kvm_fpu, kvm_guest_debug, kvm_guest_debug_arch, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run,
+    kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::VcpuFd;
 use vm_memory::GuestMemoryMmap;
@@ -173,8 +173,11 @@ impl KvmCpu {
     }
 
     fn set_msrs(&self, values: [u64; 4]) -> io::Result<()> {
-        let entries: Vec<_> =
-            MSRS.into_iter().zip(values).map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
+        let entries: Vec<_> = MSRS
+            .into_iter()
+            .zip(values)
+            .map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() })
+            .collect();
         let msrs = Msrs::from_entries(&entries).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
         let set = self.fd.set_msrs(&msrs)?;
         if set == entries.len() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EINVAL)) }

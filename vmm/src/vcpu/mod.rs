@@ -5,6 +5,7 @@
 //! other, and `kvm` turns it all into ioctls.
 
 mod cpu;
+#[cfg_attr(feature = "shuttle", allow(dead_code))]
 pub(crate) mod kick;
 mod kvm;
 pub(crate) mod protocol;
