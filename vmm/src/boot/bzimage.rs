@@ -81,7 +81,7 @@ impl Header {
         }
         // Counted in paragraphs of 16 bytes.
         let promised = u64::from(setup.syssize) * 16;
-        if promised > payload_len.next_multiple_of(16) {
+        if promised > payload_len {
             return Err(wrong(
                 "syssize",
                 format!("{promised:#x} bytes are promised after the setup code, the file has {payload_len:#x}"),

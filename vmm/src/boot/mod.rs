@@ -30,6 +30,11 @@ mod pvh;
 mod start_info;
 mod tables;
 
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::ops::Range;
 
