@@ -67,6 +67,30 @@ static inline void pause(void)
 	__asm__ volatile("pause" : : : "memory");
 }
 
+static inline void outw(u16 port, u16 value)
+{
+	__asm__ volatile("outw %0, %1" : : "a"(value), "Nd"(port) : "memory");
+}
+
+static inline u16 inw(u16 port)
+{
+	u16 value;
+	__asm__ volatile("inw %1, %0" : "=a"(value) : "Nd"(port) : "memory");
+	return value;
+}
+
+static inline void outl(u16 port, u32 value)
+{
+	__asm__ volatile("outl %0, %1" : : "a"(value), "Nd"(port) : "memory");
+}
+
+static inline u32 inl(u16 port)
+{
+	u32 value;
+	__asm__ volatile("inl %1, %0" : "=a"(value) : "Nd"(port) : "memory");
+	return value;
+}
+
 /* Read or write memory that another CPU or a device shares. */
 static inline u32 read32(u64 address)
 {
@@ -94,8 +118,10 @@ void console_hex(u64 value);
 int console_poll(void);
 
 /* --- cmdline.c --- */
-/* Copies the VMM's command line (NULL for none) out of the way of everything. */
+/* Copies the command line (NULL for none) out of the way of everything. */
 void cmdline_save(const char *from);
+/* The same from what a bare-metal guest gets in RDI: start information, text or 0. */
+void cmdline_save_handoff(u64 handoff);
 /* Calls word() for each blank-separated word. */
 void cmdline_each(void (*word)(const char *word));
 /* The rest of word after prefix, or NULL. */
@@ -109,8 +135,8 @@ int parse_number(const char *text, u64 *value);
 noreturn void guest_exit(u8 status);
 
 /* --- acpi.c --- */
-/* The MADT, checked, or NULL. */
-const u8 *acpi_madt(void);
+/* The first table with this signature, its checksum right, or NULL. */
+const u8 *acpi_table(const char *signature);
 
 /* --- lapic.c: this CPU's local APIC, xAPIC or x2APIC as the VMM left it --- */
 void lapic_enable(void);
@@ -153,7 +179,7 @@ void smp_start_by_sipi(struct cpu *cpu);
 int wait_for(volatile u32 *flag);
 
 /* --- what each guest provides --- */
-noreturn void guest_main(const char *cmdline);
+noreturn void guest_main(u64 handoff);
 noreturn void ap_main(struct cpu *cpu);
 
 #endif

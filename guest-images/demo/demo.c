@@ -208,12 +208,12 @@ static void sum_up(void)
 	console_text(" ticks\n");
 }
 
-noreturn void guest_main(const char *cmdline)
+noreturn void guest_main(u64 handoff)
 {
 	enum start_method method;
 
 	traps_init();
-	cmdline_save(cmdline);
+	cmdline_save_handoff(handoff);
 	console_text("Trapline demo guest: every CPU counts. Type q to end it.\n");
 	cmdline_each(take_word);
 	method = smp_find_cpus();

@@ -5,17 +5,19 @@
 //! root. [`symbol`] finds an address in them by name.
 //!
 //! All bare-metal guests expect the same handoff: long mode, the first 4 GiB
-//! identity-mapped, interrupts off, RDI = the address of a NUL-terminated
-//! command line or 0. They print on COM1 (0x3f8, polled) and end the run with a
+//! identity-mapped, interrupts off, RDI = the address of an `hvm_start_info` or of
+//! a NUL-terminated command line, or 0. They print on COM1 (0x3f8, polled) and end the run with a
 //! byte written to port 0xf4, their exit status. CPUs are found in the ACPI
 //! MADT and started by its wakeup mailbox (type 16) if there is one, else by
 //! INIT and SIPI.
 
 #![forbid(unsafe_code)]
 
+pub mod acts;
 pub mod demo;
 mod elf;
 pub mod fixture;
+pub mod formats;
 
 pub use elf::{entry, symbol, symbols};
 
@@ -27,6 +29,11 @@ pub const STATUS_USAGE: u8 = 64;
 
 /// Most CPUs a guest starts.
 pub const MAX_CPUS: u32 = 64;
+
+/// The guest that does one thing, mostly a way to end; see [`mod@acts`].
+pub fn acts() -> &'static [u8] {
+    include_bytes!(concat!(env!("OUT_DIR"), "/acts.elf"))
+}
 
 /// The demo guest; see [`mod@demo`].
 pub fn demo() -> &'static [u8] {

@@ -3,7 +3,7 @@
 use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic};
 use object::{Object, ObjectSection, ObjectSegment, ObjectSymbol, SectionKind};
 
-use crate::{demo, fixture, symbol};
+use crate::{acts, demo, fixture, formats, symbol};
 
 /// An image, and the symbols in it whose code may do what others may not.
 struct Image {
@@ -16,6 +16,26 @@ const IMAGES: &[fn() -> Image] = &[
     || Image {
         name: "demo",
         bytes: crate::demo(),
+        exempt: &[],
+    },
+    || Image {
+        name: "acts",
+        bytes: crate::acts(),
+        exempt: &["clac_here"],
+    },
+    || Image {
+        name: "multiboot32",
+        bytes: formats::multiboot32(),
+        exempt: &[],
+    },
+    || Image {
+        name: "multiboot64",
+        bytes: formats::multiboot64(),
+        exempt: &[],
+    },
+    || Image {
+        name: "pvh",
+        bytes: formats::pvh(),
         exempt: &[],
     },
     || Image {
@@ -80,16 +100,39 @@ fn interpreted(instruction: &Instruction) -> bool {
 /// All instructions of the executable sections, by linear decoding.
 fn instructions(image: &Image) -> Vec<Instruction> {
     let file = object::File::parse(image.bytes).expect(image.name);
-    let bits = if file.is_64() { 64 } else { 32 };
     let mut all = Vec::new();
     for section in file.sections() {
         if section.kind() == SectionKind::Text {
             let code = section.data().expect("section data");
-            let mut decoder = Decoder::with_ip(bits, code, section.address(), DecoderOptions::NONE);
-            all.extend(decoder.iter());
+            all.extend(decoded(&file, section.address(), code));
         }
     }
     all
+}
+
+/// Decodes code as 64-bit, but from `_start` to `format_long` (if there is one) as
+/// 32-bit.
+fn decoded(file: &object::File<'_>, address: u64, code: &[u8]) -> Vec<Instruction> {
+    let find = |name| file.symbol_by_name(name).map(|symbol| symbol.address());
+    let part = |bits, from: u64, to: u64| {
+        let range = usize::try_from(from - address).expect("small")
+            ..usize::try_from(to - address).expect("small");
+        Decoder::with_ip(bits, &code[range], from, DecoderOptions::NONE)
+            .iter()
+            .collect::<Vec<_>>()
+    };
+    let end = address + code.len() as u64;
+    let Some(long) = find("format_long") else {
+        return part(64, address, end);
+    };
+    let start = find("_start").expect("an entry");
+    assert!((address..end).contains(&start) && (start..end).contains(&long));
+    [
+        part(64, address, start),
+        part(32, start, long),
+        part(64, long, end),
+    ]
+    .concat()
 }
 
 /// The symbol at or before an address.
@@ -525,4 +568,46 @@ fn a_log_entry_is_decoded_in_the_order_of_its_fields() {
         entry.cpu,
     ];
     assert_eq!(fields, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+}
+
+#[test]
+fn the_acts_are_those_of_the_image() {
+    let file = object::File::parse(crate::acts()).expect("acts");
+    let data = file.section_by_name(".rodata").expect(".rodata");
+    let data = data.data().expect("data");
+    for name in acts::NAMES {
+        let text = [b"\0", name.as_bytes(), b"\0"].concat();
+        let found = data.windows(text.len()).any(|part| part == text) || data.starts_with(&text[1..]);
+        assert!(found, "the image does not know {name}");
+    }
+    let table = file.symbol_by_name("acts").expect("the table").size();
+    assert_eq!(table, acts::NAMES.len() as u64 * 16);
+}
+
+/// The header that a Multiboot 1 loader looks for in the first 8 KiB of the file.
+#[test]
+fn multiboot_images_have_their_header_and_class() {
+    for (image, is_64) in [(formats::multiboot32(), false), (formats::multiboot64(), true)] {
+        let word = |at: usize| u32::from_le_bytes(image[at..at + 4].try_into().expect("4 bytes"));
+        let header = (0..8192 - 12).step_by(4).find(|&at| word(at) == 0x1bad_b002);
+        let at = header.expect("a header");
+        let sum = word(at).wrapping_add(word(at + 4)).wrapping_add(word(at + 8));
+        assert_eq!(sum, 0);
+        assert_eq!(object::File::parse(image).expect("ELF").is_64(), is_64);
+        assert!(symbol(image, "spin_here").is_some());
+    }
+}
+
+#[test]
+fn the_pvh_image_has_its_note() {
+    let image = formats::pvh();
+    let file = object::File::parse(image).expect("ELF");
+    let note = file.section_by_name(".note.pvh").expect("a note");
+    let note = note.data().expect("data");
+    let word = |at: usize| u32::from_le_bytes(note[at..at + 4].try_into().expect("4 bytes"));
+    assert_eq!((word(0), word(4), word(8)), (4, 8, 18));
+    assert_eq!(&note[12..16], b"Xen\0");
+    assert_eq!(Some(u64::from(word(16))), symbol(image, "_start"));
+    let head = &image[..8192];
+    assert!(!head.windows(4).any(|part| part == 0x1bad_b002_u32.to_le_bytes()));
 }
