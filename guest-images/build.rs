@@ -29,19 +29,13 @@ struct Source {
 
 /// A file whose functions begin with their own first instruction.
 const fn source(path: &'static str) -> Source {
-    Source {
-        path,
-        flags: &["-fcf-protection=none"],
-    }
+    Source { path, flags: &["-fcf-protection=none"] }
 }
 
 /// A file whose functions begin as in a Linux kernel: `endbr64` and a nop of
 /// five bytes.
 const fn traced_source(path: &'static str) -> Source {
-    Source {
-        path,
-        flags: &["-fcf-protection=branch", "-pg", "-mfentry", "-mnop-mcount"],
-    }
+    Source { path, flags: &["-fcf-protection=branch", "-pg", "-mfentry", "-mnop-mcount"] }
 }
 
 /// Entry, console, and the start of all CPUs.
@@ -57,11 +51,7 @@ const SMP: &[Source] = &[
 ];
 
 /// Tables and handlers of a guest that expects no exception.
-const PLAIN_TABLES: &[Source] = &[
-    source("common/tables.S"),
-    source("common/traps.S"),
-    source("common/traps.c"),
-];
+const PLAIN_TABLES: &[Source] = &[source("common/tables.S"), source("common/traps.S"), source("common/traps.c")];
 
 const DEMO: &[Source] = &[source("demo/demo.c"), traced_source("demo/traced.c")];
 
@@ -82,12 +72,8 @@ const FIXTURE: &[Source] = &[
 const ACTS: &[Source] = &[source("acts/acts.c")];
 
 /// What the guests that are entered in 32-bit mode share.
-const FORMAT: &[Source] = &[
-    source("common/cmdline.c"),
-    source("common/console.c"),
-    source("common/end.c"),
-    source("formats/format.c"),
-];
+const FORMAT: &[Source] =
+    &[source("common/cmdline.c"), source("common/console.c"), source("common/end.c"), source("formats/format.c")];
 
 const GUESTS: &[Guest] = &[
     bare_metal("demo", "common/guest.ld", &[SMP, PLAIN_TABLES, DEMO]),
@@ -116,29 +102,13 @@ const GUESTS: &[Guest] = &[
     },
 ];
 
-const MULTIBOOT_ENTRY: &[Source] = &[Source {
-    path: "formats/entry32.S",
-    flags: &["-DMULTIBOOT"],
-}];
+const MULTIBOOT_ENTRY: &[Source] = &[Source { path: "formats/entry32.S", flags: &["-DMULTIBOOT"] }];
 
-const PVH_ENTRY: &[Source] = &[Source {
-    path: "formats/entry32.S",
-    flags: &["-DPVH"],
-}];
+const PVH_ENTRY: &[Source] = &[Source { path: "formats/entry32.S", flags: &["-DPVH"] }];
 
 /// An ELF64 for the VMM's bare-metal handoff.
-const fn bare_metal(
-    name: &'static str,
-    script: &'static str,
-    parts: &'static [&'static [Source]],
-) -> Guest {
-    Guest {
-        name,
-        script,
-        script_flags: &[],
-        link_flags: &[],
-        parts,
-    }
+const fn bare_metal(name: &'static str, script: &'static str, parts: &'static [&'static [Source]]) -> Guest {
+    Guest { name, script, script_flags: &[], link_flags: &[], parts }
 }
 
 /// Directories with sources.
@@ -243,14 +213,8 @@ impl Toolchain {
     /// Where the object of a source goes, in `OUT_DIR`. A source that is built in
     /// two ways has two.
     fn object(&self, source: &Source) -> PathBuf {
-        let variant: String = source
-            .flags
-            .iter()
-            .filter(|f| f.starts_with("-D"))
-            .copied()
-            .collect();
-        self.out
-            .join(source.path.replace('/', "-") + &variant + ".o")
+        let variant: String = source.flags.iter().filter(|f| f.starts_with("-D")).copied().collect();
+        self.out.join(source.path.replace('/', "-") + &variant + ".o")
     }
 
     fn compile(&self, source: &Source, object: &Path) -> Outcome<()> {
@@ -271,10 +235,7 @@ impl Toolchain {
         command
             .args(["-E", "-P", "-undef", "-x", "c", "-Icommon"])
             .args(guest.script_flags)
-            .args([
-                guest.script,
-                "-o",
-            ])
+            .args([guest.script, "-o"])
             .arg(&script);
         self.run(command, guest.script)?;
 
@@ -293,24 +254,14 @@ impl Toolchain {
     fn command(&self) -> Command {
         let mut words = self.driver.iter();
         let mut command = Command::new(words.next().map_or(OsStr::new("cc"), OsStr::new));
-        command
-            .args(words)
-            .current_dir(&self.here)
-            .env("LC_ALL", "C");
+        command.args(words).current_dir(&self.here).env("LC_ALL", "C");
         command
     }
 
     /// Makes this directory's name `guest-images`, as seen from the repository.
     fn without_build_path(&self) -> String {
-        let name = self
-            .here
-            .file_name()
-            .map_or(Path::new("guest-images"), Path::new);
-        format!(
-            "-ffile-prefix-map={}={}",
-            self.here.display(),
-            name.display()
-        )
+        let name = self.here.file_name().map_or(Path::new("guest-images"), Path::new);
+        format!("-ffile-prefix-map={}={}", self.here.display(), name.display())
     }
 
     fn run(&self, mut command: Command, what: &str) -> Outcome<()> {

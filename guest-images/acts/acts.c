@@ -341,12 +341,12 @@ noreturn void ap_main(struct cpu *cpu)
 	perform(cpu);
 }
 
-noreturn void guest_main(u64 handoff)
+noreturn void guest_main(const struct start_info *info)
 {
 	enum start_method method;
 
 	traps_init();
-	cmdline_save_handoff(handoff);
+	cmdline_save(info);
 	cmdline_each(take_word);
 	if (!chosen)
 		refuse("nothing to do", "");

@@ -2,9 +2,8 @@
  * Entry of the bare-metal guests.
  *
  * The VMM enters here in long mode with the first 4 GiB identity-mapped,
- * interrupts off, no stack to count on, and RDI = the PVH start information, or
- * a command line, or 0. Nothing of the VMM's tables is kept: they may lie where
- * the real-mode trampoline goes.
+ * interrupts off, RDI = an hvm_start_info or 0, and no stack. Nothing of the
+ * VMM's tables is kept: they may lie where the real-mode trampoline goes.
  */
 #include "layout.h"
 

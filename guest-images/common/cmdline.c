@@ -3,11 +3,14 @@
 
 static char line[2048];
 
-/* The PVH start information (Xen, public/arch-x86/hvm/start_info.h). */
-#define START_INFO_MAGIC 0x336ec578
-#define START_INFO_CMDLINE 24
+void cmdline_save(const struct start_info *info)
+{
+	int known = info && info->magic == START_INFO_MAGIC;
 
-void cmdline_save(const char *from)
+	cmdline_save_text(known ? (const char *)info->cmdline : NULL);
+}
+
+void cmdline_save_text(const char *from)
 {
 	u32 n = 0;
 
@@ -16,13 +19,6 @@ void cmdline_save(const char *from)
 		n++;
 	}
 	line[n] = 0;
-}
-
-void cmdline_save_handoff(u64 handoff)
-{
-	if (handoff && read32(handoff) == START_INFO_MAGIC)
-		handoff = *(volatile u64 *)(handoff + START_INFO_CMDLINE);
-	cmdline_save((const char *)handoff);
 }
 
 void cmdline_each(void (*handle)(const char *word))

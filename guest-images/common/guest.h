@@ -109,6 +109,28 @@ static inline noreturn void halt_forever(void)
 		__asm__ volatile("cli\n\thlt" : : : "memory");
 }
 
+#define START_INFO_MAGIC 0x336ec578
+
+/*
+ * What a bare-metal guest gets in RDI and a PVH guest in EBX: hvm_start_info, as
+ * in Xen's public/arch-x86/hvm/start_info.h. Its lists are those below.
+ */
+struct start_info {
+	u32 magic, version, flags, module_count;
+	u64 modules, cmdline, rsdp;
+	u64 memory_map; /* from version 1 on */
+	u32 memory_map_count, reserved;
+};
+
+struct start_info_module {
+	u64 address, size, cmdline, reserved;
+};
+
+struct start_info_memory {
+	u64 address, size;
+	u32 type, reserved;
+};
+
 /* --- console.c: the serial port COM1, polled --- */
 void console_char(char c);
 void console_text(const char *text);
@@ -118,10 +140,10 @@ void console_hex(u64 value);
 int console_poll(void);
 
 /* --- cmdline.c --- */
-/* Copies the command line (NULL for none) out of the way of everything. */
-void cmdline_save(const char *from);
-/* The same from what a bare-metal guest gets in RDI: start information, text or 0. */
-void cmdline_save_handoff(u64 handoff);
+/* Copies the VMM's command line (NULL: none) out of the way of everything. */
+void cmdline_save(const struct start_info *info);
+/* The same from the text itself. */
+void cmdline_save_text(const char *from);
 /* Calls word() for each blank-separated word. */
 void cmdline_each(void (*word)(const char *word));
 /* The rest of word after prefix, or NULL. */
@@ -179,7 +201,7 @@ void smp_start_by_sipi(struct cpu *cpu);
 int wait_for(volatile u32 *flag);
 
 /* --- what each guest provides --- */
-noreturn void guest_main(u64 handoff);
+noreturn void guest_main(const struct start_info *info);
 noreturn void ap_main(struct cpu *cpu);
 
 #endif

@@ -208,12 +208,12 @@ static void sum_up(void)
 	console_text(" ticks\n");
 }
 
-noreturn void guest_main(u64 handoff)
+noreturn void guest_main(const struct start_info *info)
 {
 	enum start_method method;
 
 	traps_init();
-	cmdline_save_handoff(handoff);
+	cmdline_save(info);
 	console_text("Trapline demo guest: every CPU counts. Type q to end it.\n");
 	cmdline_each(take_word);
 	method = smp_find_cpus();

@@ -11,7 +11,6 @@
 #define MULTIBOOT_HAS_MODULES (1 << 3)
 #define MULTIBOOT_HAS_MEMORY_MAP (1 << 6)
 
-#define PVH_MAGIC 0x336ec578
 #define E820_RAM 1
 
 void traps_init(void);
@@ -75,7 +74,7 @@ static void multiboot(u64 info)
 		say("upper KiB: ", read32(info + 8));
 	}
 	if (flags & MULTIBOOT_HAS_CMDLINE)
-		cmdline_save((const char *)(u64)read32(info + 16));
+		cmdline_save_text((const char *)(u64)read32(info + 16));
 	if (flags & MULTIBOOT_HAS_MODULES) {
 		u64 module = read32(info + 24);
 
@@ -94,28 +93,26 @@ static void multiboot(u64 info)
 	}
 }
 
-static void pvh(u64 info)
+static void pvh(const struct start_info *info)
 {
-	u64 at;
+	const struct start_info_module *module = (const void *)info->modules;
+	const struct start_info_memory *area = (const void *)info->memory_map;
+	u64 ram = 0;
 
 	say_text("started by ", "PVH");
-	say("version: ", read32(info + 4));
-	cmdline_save((const char *)read64(info + 24));
-	at = read64(info + 16);
-	for (u32 n = read32(info + 12); n; n--, at += 32)
-		say_module(read64(at), read64(at) + read64(at + 8),
-			   read64(at + 16) ? (const char *)read64(at + 16) : "");
-	say("RSDP found: ", read64(info + 32) != 0);
-	if (read32(info + 4) >= 1) {
-		u64 ram = 0;
-
-		at = read64(info + 40);
-		for (u32 n = read32(info + 48); n; n--, at += 24) {
-			if (read32(at + 16) == E820_RAM)
-				ram += read64(at + 8);
-		}
-		say("RAM KiB by the map: ", ram >> 10);
+	say("version: ", info->version);
+	cmdline_save(info);
+	for (u32 n = info->module_count; n; n--, module++)
+		say_module(module->address, module->address + module->size,
+			   module->cmdline ? (const char *)module->cmdline : "");
+	say("RSDP found: ", info->rsdp != 0);
+	if (info->version < 1)
+		return;
+	for (u32 n = info->memory_map_count; n; n--, area++) {
+		if (area->type == E820_RAM)
+			ram += area->size;
 	}
+	say("RAM KiB by the map: ", ram >> 10);
 }
 
 static void say_word(const char *word)
@@ -126,11 +123,11 @@ static void say_word(const char *word)
 noreturn void format_main(u32 eax, u64 info)
 {
 	traps_init();
-	cmdline_save(NULL);
+	cmdline_save_text(NULL);
 	if (eax == MULTIBOOT_EAX)
 		multiboot(info);
-	else if (info && read32(info) == PVH_MAGIC)
-		pvh(info);
+	else if (info && read32(info) == START_INFO_MAGIC)
+		pvh((const struct start_info *)info);
 	else
 		say_text("started by ", "nobody I know");
 	cmdline_each(say_word);

@@ -5,8 +5,8 @@
 //! root. [`symbol`] finds an address in them by name.
 //!
 //! All bare-metal guests expect the same handoff: long mode, the first 4 GiB
-//! identity-mapped, interrupts off, RDI = the address of an `hvm_start_info` or of
-//! a NUL-terminated command line, or 0. They print on COM1 (0x3f8, polled) and end the run with a
+//! identity-mapped, interrupts off, RDI = the address of an `hvm_start_info`
+//! (whose command line they read) or 0. They print on COM1 (0x3f8, polled) and end the run with a
 //! byte written to port 0xf4, their exit status. CPUs are found in the ACPI
 //! MADT and started by its wakeup mailbox (type 16) if there is one, else by
 //! INIT and SIPI.

@@ -13,46 +13,16 @@ struct Image {
 }
 
 const IMAGES: &[fn() -> Image] = &[
-    || Image {
-        name: "demo",
-        bytes: crate::demo(),
-        exempt: &[],
-    },
-    || Image {
-        name: "acts",
-        bytes: crate::acts(),
-        exempt: &["clac_here"],
-    },
-    || Image {
-        name: "multiboot32",
-        bytes: formats::multiboot32(),
-        exempt: &[],
-    },
-    || Image {
-        name: "multiboot64",
-        bytes: formats::multiboot64(),
-        exempt: &[],
-    },
-    || Image {
-        name: "pvh",
-        bytes: formats::pvh(),
-        exempt: &[],
-    },
+    || Image { name: "demo", bytes: crate::demo(), exempt: &[] },
+    || Image { name: "acts", bytes: crate::acts(), exempt: &["clac_here"] },
+    || Image { name: "multiboot32", bytes: formats::multiboot32(), exempt: &[] },
+    || Image { name: "multiboot64", bytes: formats::multiboot64(), exempt: &[] },
+    || Image { name: "pvh", bytes: formats::pvh(), exempt: &[] },
     || Image {
         name: "fixture",
         bytes: fixture::image(),
         // What exits or goes another way where ring 0 is interpreted, and ring 3.
-        exempt: &[
-            "i1",
-            "i3",
-            "i3_long",
-            "i3_loop",
-            "nop_hint_0f19",
-            "s_int",
-            "u_int",
-            "u_int3",
-            "w_movnti",
-        ],
+        exempt: &["i1", "i3", "i3_long", "i3_loop", "nop_hint_0f19", "s_int", "u_int", "u_int3", "w_movnti"],
     },
 ];
 
@@ -91,10 +61,7 @@ const REFUSED: &[Mnemonic] = &[
 
 fn interpreted(instruction: &Instruction) -> bool {
     !REFUSED.contains(&instruction.mnemonic())
-        && instruction
-            .cpuid_features()
-            .iter()
-            .all(|feature| INTERPRETED.contains(feature))
+        && instruction.cpuid_features().iter().all(|feature| INTERPRETED.contains(feature))
 }
 
 /// All instructions of the executable sections, by linear decoding.
@@ -115,11 +82,8 @@ fn instructions(image: &Image) -> Vec<Instruction> {
 fn decoded(file: &object::File<'_>, address: u64, code: &[u8]) -> Vec<Instruction> {
     let find = |name| file.symbol_by_name(name).map(|symbol| symbol.address());
     let part = |bits, from: u64, to: u64| {
-        let range = usize::try_from(from - address).expect("small")
-            ..usize::try_from(to - address).expect("small");
-        Decoder::with_ip(bits, &code[range], from, DecoderOptions::NONE)
-            .iter()
-            .collect::<Vec<_>>()
+        let range = usize::try_from(from - address).expect("small")..usize::try_from(to - address).expect("small");
+        Decoder::with_ip(bits, &code[range], from, DecoderOptions::NONE).iter().collect::<Vec<_>>()
     };
     let end = address + code.len() as u64;
     let Some(long) = find("format_long") else {
@@ -127,12 +91,7 @@ fn decoded(file: &object::File<'_>, address: u64, code: &[u8]) -> Vec<Instructio
     };
     let start = find("_start").expect("an entry");
     assert!((address..end).contains(&start) && (start..end).contains(&long));
-    [
-        part(64, address, start),
-        part(32, start, long),
-        part(64, long, end),
-    ]
-    .concat()
+    [part(64, address, start), part(32, start, long), part(64, long, end)].concat()
 }
 
 /// The symbol at or before an address.
@@ -277,10 +236,8 @@ fn the_demo_has_what_its_documentation_names() {
 fn counting_is_one_instruction() {
     let image = IMAGES[0]();
     let all = instructions(&image);
-    for (label, offset) in [
-        ("count_up_here", demo::COUNT_OFFSET),
-        ("count_up_traced_here", demo::TRACED_COUNT_OFFSET),
-    ] {
+    for (label, offset) in [("count_up_here", demo::COUNT_OFFSET), ("count_up_traced_here", demo::TRACED_COUNT_OFFSET)]
+    {
         let at = symbol(image.bytes, label).expect(label);
         let here = all.iter().find(|i| i.ip() == at).expect("an instruction");
         assert_eq!(here.mnemonic(), Mnemonic::Inc, "{label}");
@@ -319,10 +276,8 @@ fn the_fixture_and_its_table_agree() {
     assert_eq!(rows.len(), fixture::PROPERTIES.len());
     for property in fixture::PROPERTIES {
         let name = property.name;
-        let (_, entry, cpus) = rows
-            .iter()
-            .find(|row| row.0 == name)
-            .unwrap_or_else(|| panic!("{name} is not in the image"));
+        let (_, entry, cpus) =
+            rows.iter().find(|row| row.0 == name).unwrap_or_else(|| panic!("{name} is not in the image"));
         assert_eq!(fixture::entry(name), Some(*entry), "{name}");
         assert_eq!(*cpus == 1, property.cpus == fixture::Cpus::All, "{name}");
         for label in property.labels {
@@ -346,10 +301,7 @@ fn an_unknown_property_or_cpu_is_none() {
 #[test]
 fn the_fixture_and_its_header_agree() {
     use fixture::{cpu_field, flag, user_field, vector};
-    let header = concat!(
-        include_str!("../common/layout.h"),
-        include_str!("../fixture/fixture.h")
-    );
+    let header = concat!(include_str!("../common/layout.h"), include_str!("../fixture/fixture.h"));
     let number = |name: &str| {
         let text = header
             .lines()
@@ -358,9 +310,7 @@ fn the_fixture_and_its_header_agree() {
             .find_map(|rest| rest.strip_prefix(' '))
             .unwrap_or_else(|| panic!("no {name}"));
         let text = text.split_whitespace().next().expect("a number");
-        let parsed = text
-            .strip_prefix("0x")
-            .map_or_else(|| text.parse(), |hex| u64::from_str_radix(hex, 16));
+        let parsed = text.strip_prefix("0x").map_or_else(|| text.parse(), |hex| u64::from_str_radix(hex, 16));
         parsed.unwrap_or_else(|_| panic!("{name} is no number"))
     };
     for (name, value) in [
@@ -421,19 +371,10 @@ fn the_fixture_and_its_header_agree() {
     assert_eq!(start.tss.base, number("TSS") + 3 * number("TSS_STRIDE"));
     assert_eq!(u64::from(start.tss.limit), number("TSS_LIMIT"));
     assert_eq!(u64::from(start.tr), number("SEL_TSS") + 3 * 16);
-    assert_eq!(
-        start.gs_base - fixture::cpu_address(0, 0).expect("a block"),
-        3 * number("CPU_BLOCK_SIZE")
-    );
-    assert_eq!(
-        start.fs_base,
-        number("USER_CPU") + 3 * number("USER_CPU_SIZE")
-    );
+    assert_eq!(start.gs_base - fixture::cpu_address(0, 0).expect("a block"), 3 * number("CPU_BLOCK_SIZE"));
+    assert_eq!(start.fs_base, number("USER_CPU") + 3 * number("USER_CPU_SIZE"));
     let user = fixture::start_in_ring_3("ring3_line", 3).expect("a start");
-    assert_eq!(
-        user.rsp,
-        number("USER_STACKS") + 4 * number("USER_STACK_SIZE")
-    );
+    assert_eq!(user.rsp, number("USER_STACKS") + 4 * number("USER_STACK_SIZE"));
     assert_eq!(u64::from(user.cs), number("SEL_USER_CODE"));
     assert_eq!(u64::from(user.ss), number("SEL_USER_DATA"));
 }
@@ -485,26 +426,12 @@ fn the_fixtures_page_tables_are_as_documented() {
             _ => Some((page + 5, user)),
         };
         assert_eq!(walk(&memory, page + 5), expected, "{page:#x}");
-        assert_eq!(
-            walk(&memory, fixture::ALIAS + page + 5),
-            expected,
-            "{page:#x}"
-        );
+        assert_eq!(walk(&memory, fixture::ALIAS + page + 5), expected, "{page:#x}");
         let huge = walk(&memory, fixture::HUGE_ALIAS + page + 5);
         assert_eq!(huge, Some((page + 5, false)), "{page:#x}");
     }
-    for address in [
-        0x40_0000,
-        0x1234_5678,
-        fixture::MMIO,
-        0xfee0_0020,
-        0xffff_ffff,
-    ] {
-        assert_eq!(
-            walk(&memory, address),
-            Some((address, false)),
-            "{address:#x}"
-        );
+    for address in [0x40_0000, 0x1234_5678, fixture::MMIO, 0xfee0_0020, 0xffff_ffff] {
+        assert_eq!(walk(&memory, address), Some((address, false)), "{address:#x}");
     }
     assert_eq!(walk(&memory, fixture::ALIAS + fixture::MEMORY), None);
     assert_eq!(walk(&memory, 0x2_0000_0000), None);
@@ -514,25 +441,16 @@ fn the_fixtures_page_tables_are_as_documented() {
 #[test]
 fn the_fixtures_interrupt_gates_lead_to_their_stubs() {
     let memory = loaded(fixture::image());
-    let idt =
-        usize::try_from(fixture::start("loop5", 0).expect("a start").idt.base).expect("small");
+    let idt = usize::try_from(fixture::start("loop5", 0).expect("a start").idt.base).expect("small");
     for vector in 0..256 {
         let gate = &memory[idt + vector * 16..idt + vector * 16 + 16];
-        let word = |at: usize, bytes: usize| {
-            gate[at..at + bytes]
-                .iter()
-                .rev()
-                .fold(0, |n, &byte| n << 8 | u64::from(byte))
-        };
+        let word =
+            |at: usize, bytes: usize| gate[at..at + bytes].iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte));
         let target = word(0, 2) | word(6, 2) << 16 | word(8, 4) << 32;
         let stub = fixture::label(&format!("fx_vector_{vector}"));
         assert_eq!(Some(target), stub, "vector {vector}");
         assert_eq!(word(2, 2), 0x08, "vector {vector}: selector");
-        let gate_type = if matches!(vector, 1 | 3 | 4 | 0x41) {
-            0xee
-        } else {
-            0x8e
-        };
+        let gate_type = if matches!(vector, 1 | 3 | 4 | 0x41) { 0xee } else { 0x8e };
         assert_eq!(word(5, 1), gate_type, "vector {vector}: type");
         // The stub pushes its own number, after 0 where the CPU gives no error code.
         let code = &memory[usize::try_from(target).expect("small")..][..16];

@@ -1,0 +1,26 @@
+//! The debug core: what is armed, what a trap means, what happens at resume.
+//!
+//! Everything here is pure: no KVM, no threads, no I/O. One owner (the
+//! [coordinator]) changes the [`SlotTable`]; every change is
+//! turned into one immutable [`DebugImage`] that all vCPU threads install; each
+//! vCPU thread reads its own traps against the image *it* had installed.
+//!
+//! ```text
+//!  Breakpoint request ─► SlotTable ─► DebugImage ─► every vCPU ─► OK or all as before
+//!                                        │
+//!  KVM_EXIT_DEBUG ─► classify(image) ◄───┘ ─► StopReason ─► coordinator ─► gdb, harness
+//! ```
+
+mod breakpoint;
+mod classify;
+mod image;
+mod registers;
+mod slots;
+mod stop;
+
+pub use breakpoint::{Breakpoint, BreakpointError, Level, Owner, Trigger};
+pub use classify::{Causes, DebugExit, Expectation, classify};
+pub use image::{DebugImage, Epoch, Slot};
+pub use registers::{Dr6, Dr7, SLOTS, SlotCondition, SlotLen};
+pub use slots::{Prepared, SlotTable};
+pub use stop::{Crash, Ending, ResumePlan, RunMode, Stop, StopReason, VcpuId};

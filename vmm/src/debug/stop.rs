@@ -1,0 +1,180 @@
+//! Why the world stopped, and how it is to go on.
+
+use std::fmt;
+
+use super::Breakpoint;
+
+/// A vCPU by its index, which is also its APIC ID.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct VcpuId(pub u32);
+
+impl VcpuId {
+    /// The index into per-vCPU tables.
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl fmt::Display for VcpuId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "vCPU {}", self.0)
+    }
+}
+
+/// One stop, told once. The whole world is parked when somebody sees this.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stop {
+    /// The vCPU that it is about.
+    pub vcpu: VcpuId,
+    /// What happened there.
+    pub reason: StopReason,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StopReason {
+    /// An execution breakpoint, before its instruction ran.
+    Breakpoint(Breakpoint),
+    /// A watchpoint, after the access. `addr` is the first watched byte of the slot that
+    /// matched, which lies inside the range that was asked for.
+    Watchpoint {
+        /// The request as it was made.
+        request: Breakpoint,
+        /// The slot's data address.
+        addr: u64,
+    },
+    /// The single step is done.
+    Step,
+    /// Somebody asked for a stop (Ctrl-C, attach, a library call).
+    Interrupted,
+    /// The guest wrote this value to the exit port 0xf4. It can be inspected; resuming ends the run.
+    GuestExit(u32),
+    /// The guest asked for power-off or reset. It can be inspected; resuming ends the run.
+    GuestShutdown {
+        /// Reset rather than power-off.
+        reset: bool,
+    },
+    /// The guest told pvpanic that it panicked. It can be inspected and resumed.
+    GuestPanic,
+    /// The guest cannot go on. It can be inspected; resuming ends the run.
+    Crash(Crash),
+    /// The run is over: nothing is left to inspect.
+    Ended(Ending),
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest wrote this value to the exit port.
+    Exit(u32),
+    /// Power-off or reset.
+    Shutdown,
+    /// It crashed.
+    Crash(Crash),
+    /// Somebody killed it.
+    Killed,
+}
+
+/// Why a guest cannot go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Crash {
+    /// KVM_EXIT_SHUTDOWN: a triple fault. `state_lost` where KVM has already reset the vCPU (SVM).
+    TripleFault {
+        /// The registers are those of a reset vCPU.
+        state_lost: bool,
+    },
+    /// KVM_EXIT_INTERNAL_ERROR, suberror 1: KVM could not emulate the instruction.
+    EmulationFailure {
+        /// The bytes at RIP, as KVM gave them (empty if it gave none).
+        bytes: Vec<u8>,
+    },
+    /// KVM_EXIT_INTERNAL_ERROR with another suberror.
+    Internal {
+        /// `kvm_run.internal.suberror`.
+        suberror: u32,
+    },
+    /// KVM_EXIT_FAIL_ENTRY: the processor refused the guest state.
+    FailEntry {
+        /// `hardware_entry_failure_reason`.
+        reason: u64,
+    },
+    /// An exit that this VMM does not know.
+    UnknownExit {
+        /// `kvm_run.exit_reason`.
+        reason: u32,
+    },
+    /// KVM_RUN itself failed.
+    RunFailed {
+        /// The errno.
+        errno: i32,
+    },
+}
+
+impl fmt::Display for Crash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Crash::TripleFault { state_lost: false } => write!(f, "triple fault"),
+            Crash::TripleFault { state_lost: true } => {
+                write!(f, "triple fault (this KVM has already reset the vCPU's registers)")
+            }
+            Crash::EmulationFailure { bytes } if bytes.is_empty() => {
+                write!(f, "KVM could not fetch or emulate the instruction")
+            }
+            Crash::EmulationFailure { bytes } => {
+                write!(f, "KVM cannot emulate the instruction at RIP, bytes")?;
+                bytes.iter().try_for_each(|b| write!(f, " {b:02x}"))
+            }
+            Crash::Internal { suberror } => write!(f, "KVM internal error, suberror {suberror}"),
+            Crash::FailEntry { reason } => write!(f, "the processor refused the guest state, reason {reason:#x}"),
+            Crash::UnknownExit { reason } => write!(f, "KVM exit {reason}, which this VMM does not know"),
+            Crash::RunFailed { errno } => {
+                write!(f, "KVM_RUN failed: {}", std::io::Error::from_raw_os_error(*errno))
+            }
+        }
+    }
+}
+
+/// How one vCPU goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunMode {
+    /// Until something happens.
+    Continue,
+    /// One instruction, interrupts blocked.
+    Step,
+    /// Steps while RIP stays inside `start .. end` (`vCont;r`).
+    StepRange {
+        /// First address of the range.
+        start: u64,
+        /// First address behind the range.
+        end: u64,
+    },
+    /// Not at all: it stays parked while others run (scheduler-locking).
+    Parked,
+}
+
+/// How every vCPU goes on. Total by construction: each vCPU has exactly one mode.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResumePlan {
+    modes: Vec<RunMode>,
+}
+
+impl ResumePlan {
+    /// All `vcpus` vCPUs in one mode.
+    pub fn all(vcpus: usize, mode: RunMode) -> Self {
+        Self { modes: vec![mode; vcpus] }
+    }
+
+    /// The same plan with another mode for `vcpu`. A vCPU that does not exist changes nothing.
+    #[must_use]
+    pub fn with(mut self, vcpu: VcpuId, mode: RunMode) -> Self {
+        if let Some(slot) = self.modes.get_mut(vcpu.index()) {
+            *slot = mode;
+        }
+        self
+    }
+
+    /// The mode of `vcpu`; [`RunMode::Parked`] for one that does not exist.
+    pub fn mode(&self, vcpu: VcpuId) -> RunMode {
+        self.modes.get(vcpu.index()).copied().unwrap_or(RunMode::Parked)
+    }
+}
