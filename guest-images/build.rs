@@ -4,6 +4,7 @@
 //! Debug information names the sources relative to the repository's root, so
 //! that gdb, started there, finds them and no build path is left in an image.
 
+use std::collections::BTreeSet;
 use std::env;
 use std::error::Error;
 use std::ffi::OsStr;
@@ -14,6 +15,9 @@ use std::process::{Command, ExitCode};
 struct Guest {
     name: &'static str,
     script: &'static str,
+    /// Macros for the linker script and options for the linker.
+    script_flags: &'static [&'static str],
+    link_flags: &'static [&'static str],
     parts: &'static [&'static [Source]],
 }
 
@@ -25,19 +29,13 @@ struct Source {
 
 /// A file whose functions begin with their own first instruction.
 const fn source(path: &'static str) -> Source {
-    Source {
-        path,
-        flags: &["-fcf-protection=none"],
-    }
+    Source { path, flags: &["-fcf-protection=none"] }
 }
 
 /// A file whose functions begin as in a Linux kernel: `endbr64` and a nop of
 /// five bytes.
 const fn traced_source(path: &'static str) -> Source {
-    Source {
-        path,
-        flags: &["-fcf-protection=branch", "-pg", "-mfentry", "-mnop-mcount"],
-    }
+    Source { path, flags: &["-fcf-protection=branch", "-pg", "-mfentry", "-mnop-mcount"] }
 }
 
 /// Entry, console, and the start of all CPUs.
@@ -53,11 +51,7 @@ const SMP: &[Source] = &[
 ];
 
 /// Tables and handlers of a guest that expects no exception.
-const PLAIN_TABLES: &[Source] = &[
-    source("common/tables.S"),
-    source("common/traps.S"),
-    source("common/traps.c"),
-];
+const PLAIN_TABLES: &[Source] = &[source("common/tables.S"), source("common/traps.S"), source("common/traps.c")];
 
 const DEMO: &[Source] = &[source("demo/demo.c"), traced_source("demo/traced.c")];
 
@@ -75,21 +69,50 @@ const FIXTURE: &[Source] = &[
     source("fixture/faults.S"),
 ];
 
+const ACTS: &[Source] = &[source("acts/acts.c")];
+
+/// What the guests that are entered in 32-bit mode share.
+const FORMAT: &[Source] =
+    &[source("common/cmdline.c"), source("common/console.c"), source("common/end.c"), source("formats/format.c")];
+
 const GUESTS: &[Guest] = &[
+    bare_metal("demo", "common/guest.ld", &[SMP, PLAIN_TABLES, DEMO]),
+    bare_metal("acts", "common/guest.ld", &[SMP, PLAIN_TABLES, ACTS]),
+    bare_metal("fixture", "fixture/fixture.ld", &[SMP, FIXTURE]),
     Guest {
-        name: "demo",
-        script: "common/guest.ld",
-        parts: &[SMP, PLAIN_TABLES, DEMO],
+        name: "multiboot32",
+        script: "formats/format.ld",
+        script_flags: &[],
+        link_flags: &["-Wl,--oformat,elf32-i386"],
+        parts: &[MULTIBOOT_ENTRY, FORMAT, PLAIN_TABLES],
     },
     Guest {
-        name: "fixture",
-        script: "fixture/fixture.ld",
-        parts: &[SMP, FIXTURE],
+        name: "multiboot64",
+        script: "formats/format.ld",
+        script_flags: &[],
+        link_flags: &[],
+        parts: &[MULTIBOOT_ENTRY, FORMAT, PLAIN_TABLES],
+    },
+    Guest {
+        name: "pvh",
+        script: "formats/format.ld",
+        script_flags: &["-DPVH"],
+        link_flags: &[],
+        parts: &[PVH_ENTRY, FORMAT, PLAIN_TABLES],
     },
 ];
 
+const MULTIBOOT_ENTRY: &[Source] = &[Source { path: "formats/entry32.S", flags: &["-DMULTIBOOT"] }];
+
+const PVH_ENTRY: &[Source] = &[Source { path: "formats/entry32.S", flags: &["-DPVH"] }];
+
+/// An ELF64 for the VMM's bare-metal handoff.
+const fn bare_metal(name: &'static str, script: &'static str, parts: &'static [&'static [Source]]) -> Guest {
+    Guest { name, script, script_flags: &[], link_flags: &[], parts }
+}
+
 /// Directories with sources.
-const TREES: &[&str] = &["common", "demo", "fixture"];
+const TREES: &[&str] = &["acts", "common", "demo", "fixture", "formats"];
 
 const COMPILE: &[&str] = &[
     "-m64",
@@ -150,10 +173,15 @@ fn build() -> Outcome<()> {
         println!("cargo::rerun-if-changed={tree}");
     }
     let toolchain = Toolchain::from_environment()?;
+    let mut made = BTreeSet::new();
     for guest in GUESTS {
         let mut objects = Vec::new();
         for source in guest.parts.iter().copied().flatten() {
-            objects.push(toolchain.compile(source)?);
+            let object = toolchain.object(source);
+            if made.insert(object.clone()) {
+                toolchain.compile(source, &object)?;
+            }
+            objects.push(object);
         }
         toolchain.link(guest, &objects)?;
     }
@@ -182,18 +210,22 @@ impl Toolchain {
         })
     }
 
-    /// Compiles one file; the object lies in `OUT_DIR`.
-    fn compile(&self, source: &Source) -> Outcome<PathBuf> {
-        let object = self.out.join(source.path.replace('/', "-") + ".o");
+    /// Where the object of a source goes, in `OUT_DIR`. A source that is built in
+    /// two ways has two.
+    fn object(&self, source: &Source) -> PathBuf {
+        let variant: String = source.flags.iter().filter(|f| f.starts_with("-D")).copied().collect();
+        self.out.join(source.path.replace('/', "-") + &variant + ".o")
+    }
+
+    fn compile(&self, source: &Source, object: &Path) -> Outcome<()> {
         let mut command = self.command();
         command
             .args(COMPILE)
             .args(source.flags)
             .arg(self.without_build_path())
             .args(["-c", source.path, "-o"])
-            .arg(&object);
-        self.run(command, source.path)?;
-        Ok(object)
+            .arg(object);
+        self.run(command, source.path)
     }
 
     /// Links one guest. Linker scripts may use the guests' header files.
@@ -201,22 +233,16 @@ impl Toolchain {
         let script = self.out.join(guest.name).with_extension("ld");
         let mut command = self.command();
         command
-            .args([
-                "-E",
-                "-P",
-                "-undef",
-                "-x",
-                "c",
-                "-Icommon",
-                guest.script,
-                "-o",
-            ])
+            .args(["-E", "-P", "-undef", "-x", "c", "-Icommon"])
+            .args(guest.script_flags)
+            .args([guest.script, "-o"])
             .arg(&script);
         self.run(command, guest.script)?;
 
         let mut command = self.command();
         command
             .args(LINK)
+            .args(guest.link_flags)
             .arg("-T")
             .arg(&script)
             .args(objects)
@@ -228,24 +254,14 @@ impl Toolchain {
     fn command(&self) -> Command {
         let mut words = self.driver.iter();
         let mut command = Command::new(words.next().map_or(OsStr::new("cc"), OsStr::new));
-        command
-            .args(words)
-            .current_dir(&self.here)
-            .env("LC_ALL", "C");
+        command.args(words).current_dir(&self.here).env("LC_ALL", "C");
         command
     }
 
     /// Makes this directory's name `guest-images`, as seen from the repository.
     fn without_build_path(&self) -> String {
-        let name = self
-            .here
-            .file_name()
-            .map_or(Path::new("guest-images"), Path::new);
-        format!(
-            "-ffile-prefix-map={}={}",
-            self.here.display(),
-            name.display()
-        )
+        let name = self.here.file_name().map_or(Path::new("guest-images"), Path::new);
+        format!("-ffile-prefix-map={}={}", self.here.display(), name.display())
     }
 
     fn run(&self, mut command: Command, what: &str) -> Outcome<()> {

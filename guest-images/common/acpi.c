@@ -1,4 +1,4 @@
-/* From the RSDP to the MADT. All below 4 GiB, all checksummed. */
+/* From the RSDP to a table. All below 4 GiB, all checksummed. */
 #include "guest.h"
 
 #define RSDP_FIRST 0xe0000UL
@@ -59,7 +59,7 @@ static const u8 *find_rsdp(void)
 	return NULL;
 }
 
-const u8 *acpi_madt(void)
+const u8 *acpi_table(const char *signature)
 {
 	const u8 *rsdp = find_rsdp();
 	const u8 *root = NULL;
@@ -76,10 +76,10 @@ const u8 *acpi_madt(void)
 	if (!root)
 		return NULL;
 	for (u64 at = HEADER_SIZE; at + (u64)entry_size <= load(root + 4, 4); at += (u64)entry_size) {
-		const u8 *madt = table_at(load(root + at, entry_size), "APIC");
+		const u8 *table = table_at(load(root + at, entry_size), signature);
 
-		if (madt)
-			return madt;
+		if (table)
+			return table;
 	}
 	return NULL;
 }

@@ -3,19 +3,15 @@
 
 static char line[2048];
 
-/* What RDI points at on entry: the start of PVH's hvm_start_info. */
-struct start_info {
-	u32 magic;
-	u32 version, flags, modules;
-	u64 module_list;
-	u64 cmdline;
-};
-
-#define START_INFO_MAGIC 0x336ec578
-
 void cmdline_save(const struct start_info *info)
 {
-	const char *from = info && info->magic == START_INFO_MAGIC ? (const char *)info->cmdline : NULL;
+	int known = info && info->magic == START_INFO_MAGIC;
+
+	cmdline_save_text(known ? (const char *)info->cmdline : NULL);
+}
+
+void cmdline_save_text(const char *from)
+{
 	u32 n = 0;
 
 	while (from && from[n] && n < sizeof(line) - 1) {

@@ -67,6 +67,30 @@ static inline void pause(void)
 	__asm__ volatile("pause" : : : "memory");
 }
 
+static inline void outw(u16 port, u16 value)
+{
+	__asm__ volatile("outw %0, %1" : : "a"(value), "Nd"(port) : "memory");
+}
+
+static inline u16 inw(u16 port)
+{
+	u16 value;
+	__asm__ volatile("inw %1, %0" : "=a"(value) : "Nd"(port) : "memory");
+	return value;
+}
+
+static inline void outl(u16 port, u32 value)
+{
+	__asm__ volatile("outl %0, %1" : : "a"(value), "Nd"(port) : "memory");
+}
+
+static inline u32 inl(u16 port)
+{
+	u32 value;
+	__asm__ volatile("inl %1, %0" : "=a"(value) : "Nd"(port) : "memory");
+	return value;
+}
+
 /* Read or write memory that another CPU or a device shares. */
 static inline u32 read32(u64 address)
 {
@@ -85,6 +109,28 @@ static inline noreturn void halt_forever(void)
 		__asm__ volatile("cli\n\thlt" : : : "memory");
 }
 
+#define START_INFO_MAGIC 0x336ec578
+
+/*
+ * What a bare-metal guest gets in RDI and a PVH guest in EBX: hvm_start_info, as
+ * in Xen's public/arch-x86/hvm/start_info.h. Its lists are those below.
+ */
+struct start_info {
+	u32 magic, version, flags, module_count;
+	u64 modules, cmdline, rsdp;
+	u64 memory_map; /* from version 1 on */
+	u32 memory_map_count, reserved;
+};
+
+struct start_info_module {
+	u64 address, size, cmdline, reserved;
+};
+
+struct start_info_memory {
+	u64 address, size;
+	u32 type, reserved;
+};
+
 /* --- console.c: the serial port COM1, polled --- */
 void console_char(char c);
 void console_text(const char *text);
@@ -94,9 +140,10 @@ void console_hex(u64 value);
 int console_poll(void);
 
 /* --- cmdline.c --- */
-/* Copies the VMM's command line (NULL for none) out of the way of everything. */
-struct start_info;
+/* Copies the VMM's command line (NULL: none) out of the way of everything. */
 void cmdline_save(const struct start_info *info);
+/* The same from the text itself. */
+void cmdline_save_text(const char *from);
 /* Calls word() for each blank-separated word. */
 void cmdline_each(void (*word)(const char *word));
 /* The rest of word after prefix, or NULL. */
@@ -110,8 +157,8 @@ int parse_number(const char *text, u64 *value);
 noreturn void guest_exit(u8 status);
 
 /* --- acpi.c --- */
-/* The MADT, checked, or NULL. */
-const u8 *acpi_madt(void);
+/* The first table with this signature, its checksum right, or NULL. */
+const u8 *acpi_table(const char *signature);
 
 /* --- lapic.c: this CPU's local APIC, xAPIC or x2APIC as the VMM left it --- */
 void lapic_enable(void);
@@ -154,7 +201,6 @@ void smp_start_by_sipi(struct cpu *cpu);
 int wait_for(volatile u32 *flag);
 
 /* --- what each guest provides --- */
-struct start_info;
 noreturn void guest_main(const struct start_info *info);
 noreturn void ap_main(struct cpu *cpu);
 

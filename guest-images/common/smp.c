@@ -46,7 +46,7 @@ static void add_cpu(u32 apic_id, u32 flags)
 
 enum start_method smp_find_cpus(void)
 {
-	const u8 *madt = acpi_madt();
+	const u8 *madt = acpi_table("APIC");
 	const u8 *entry, *end;
 
 	cpus[0].apic_id = lapic_id();

@@ -291,19 +291,10 @@ pub fn start(name: &str, cpu: u32) -> Option<Start> {
         ss: SEL_DATA,
         fs_base: user_address(cpu, 0)?,
         gs_base: cpu_address(cpu, 0)?,
-        gdt: Table {
-            base: GDT,
-            limit: GDT_LIMIT,
-        },
-        idt: Table {
-            base: IDT,
-            limit: 0xfff,
-        },
+        gdt: Table { base: GDT, limit: GDT_LIMIT },
+        idt: Table { base: IDT, limit: 0xfff },
         tr: selector,
-        tss: Table {
-            base: TSS + number * TSS_STRIDE,
-            limit: TSS_LIMIT,
-        },
+        tss: Table { base: TSS + number * TSS_STRIDE, limit: TSS_LIMIT },
         star: u64::from(SEL_DATA | 3) << 48 | u64::from(SEL_CODE) << 32,
         lstar: label("fx_syscall")?,
         fmask: 0x47700,

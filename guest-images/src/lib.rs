@@ -13,9 +13,11 @@
 
 #![forbid(unsafe_code)]
 
+pub mod acts;
 pub mod demo;
 mod elf;
 pub mod fixture;
+pub mod formats;
 
 pub use elf::{entry, symbol, symbols};
 
@@ -27,6 +29,11 @@ pub const STATUS_USAGE: u8 = 64;
 
 /// Most CPUs a guest starts.
 pub const MAX_CPUS: u32 = 64;
+
+/// The guest that does one thing, mostly a way to end; see [`mod@acts`].
+pub fn acts() -> &'static [u8] {
+    include_bytes!(concat!(env!("OUT_DIR"), "/acts.elf"))
+}
 
 /// The demo guest; see [`mod@demo`].
 pub fn demo() -> &'static [u8] {

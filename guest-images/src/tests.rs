@@ -3,7 +3,7 @@
 use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic};
 use object::{Object, ObjectSection, ObjectSegment, ObjectSymbol, SectionKind};
 
-use crate::{demo, fixture, symbol};
+use crate::{acts, demo, fixture, formats, symbol};
 
 /// An image, and the symbols in it whose code may do what others may not.
 struct Image {
@@ -13,26 +13,16 @@ struct Image {
 }
 
 const IMAGES: &[fn() -> Image] = &[
-    || Image {
-        name: "demo",
-        bytes: crate::demo(),
-        exempt: &[],
-    },
+    || Image { name: "demo", bytes: crate::demo(), exempt: &[] },
+    || Image { name: "acts", bytes: crate::acts(), exempt: &["clac_here"] },
+    || Image { name: "multiboot32", bytes: formats::multiboot32(), exempt: &[] },
+    || Image { name: "multiboot64", bytes: formats::multiboot64(), exempt: &[] },
+    || Image { name: "pvh", bytes: formats::pvh(), exempt: &[] },
     || Image {
         name: "fixture",
         bytes: fixture::image(),
         // What exits or goes another way where ring 0 is interpreted, and ring 3.
-        exempt: &[
-            "i1",
-            "i3",
-            "i3_long",
-            "i3_loop",
-            "nop_hint_0f19",
-            "s_int",
-            "u_int",
-            "u_int3",
-            "w_movnti",
-        ],
+        exempt: &["i1", "i3", "i3_long", "i3_loop", "nop_hint_0f19", "s_int", "u_int", "u_int3", "w_movnti"],
     },
 ];
 
@@ -71,25 +61,37 @@ const REFUSED: &[Mnemonic] = &[
 
 fn interpreted(instruction: &Instruction) -> bool {
     !REFUSED.contains(&instruction.mnemonic())
-        && instruction
-            .cpuid_features()
-            .iter()
-            .all(|feature| INTERPRETED.contains(feature))
+        && instruction.cpuid_features().iter().all(|feature| INTERPRETED.contains(feature))
 }
 
 /// All instructions of the executable sections, by linear decoding.
 fn instructions(image: &Image) -> Vec<Instruction> {
     let file = object::File::parse(image.bytes).expect(image.name);
-    let bits = if file.is_64() { 64 } else { 32 };
     let mut all = Vec::new();
     for section in file.sections() {
         if section.kind() == SectionKind::Text {
             let code = section.data().expect("section data");
-            let mut decoder = Decoder::with_ip(bits, code, section.address(), DecoderOptions::NONE);
-            all.extend(decoder.iter());
+            all.extend(decoded(&file, section.address(), code));
         }
     }
     all
+}
+
+/// Decodes code as 64-bit, but from `_start` to `format_long` (if there is one) as
+/// 32-bit.
+fn decoded(file: &object::File<'_>, address: u64, code: &[u8]) -> Vec<Instruction> {
+    let find = |name| file.symbol_by_name(name).map(|symbol| symbol.address());
+    let part = |bits, from: u64, to: u64| {
+        let range = usize::try_from(from - address).expect("small")..usize::try_from(to - address).expect("small");
+        Decoder::with_ip(bits, &code[range], from, DecoderOptions::NONE).iter().collect::<Vec<_>>()
+    };
+    let end = address + code.len() as u64;
+    let Some(long) = find("format_long") else {
+        return part(64, address, end);
+    };
+    let start = find("_start").expect("an entry");
+    assert!((address..end).contains(&start) && (start..end).contains(&long));
+    [part(64, address, start), part(32, start, long), part(64, long, end)].concat()
 }
 
 /// The symbol at or before an address.
@@ -234,10 +236,8 @@ fn the_demo_has_what_its_documentation_names() {
 fn counting_is_one_instruction() {
     let image = IMAGES[0]();
     let all = instructions(&image);
-    for (label, offset) in [
-        ("count_up_here", demo::COUNT_OFFSET),
-        ("count_up_traced_here", demo::TRACED_COUNT_OFFSET),
-    ] {
+    for (label, offset) in [("count_up_here", demo::COUNT_OFFSET), ("count_up_traced_here", demo::TRACED_COUNT_OFFSET)]
+    {
         let at = symbol(image.bytes, label).expect(label);
         let here = all.iter().find(|i| i.ip() == at).expect("an instruction");
         assert_eq!(here.mnemonic(), Mnemonic::Inc, "{label}");
@@ -276,10 +276,8 @@ fn the_fixture_and_its_table_agree() {
     assert_eq!(rows.len(), fixture::PROPERTIES.len());
     for property in fixture::PROPERTIES {
         let name = property.name;
-        let (_, entry, cpus) = rows
-            .iter()
-            .find(|row| row.0 == name)
-            .unwrap_or_else(|| panic!("{name} is not in the image"));
+        let (_, entry, cpus) =
+            rows.iter().find(|row| row.0 == name).unwrap_or_else(|| panic!("{name} is not in the image"));
         assert_eq!(fixture::entry(name), Some(*entry), "{name}");
         assert_eq!(*cpus == 1, property.cpus == fixture::Cpus::All, "{name}");
         for label in property.labels {
@@ -303,10 +301,7 @@ fn an_unknown_property_or_cpu_is_none() {
 #[test]
 fn the_fixture_and_its_header_agree() {
     use fixture::{cpu_field, flag, user_field, vector};
-    let header = concat!(
-        include_str!("../common/layout.h"),
-        include_str!("../fixture/fixture.h")
-    );
+    let header = concat!(include_str!("../common/layout.h"), include_str!("../fixture/fixture.h"));
     let number = |name: &str| {
         let text = header
             .lines()
@@ -315,9 +310,7 @@ fn the_fixture_and_its_header_agree() {
             .find_map(|rest| rest.strip_prefix(' '))
             .unwrap_or_else(|| panic!("no {name}"));
         let text = text.split_whitespace().next().expect("a number");
-        let parsed = text
-            .strip_prefix("0x")
-            .map_or_else(|| text.parse(), |hex| u64::from_str_radix(hex, 16));
+        let parsed = text.strip_prefix("0x").map_or_else(|| text.parse(), |hex| u64::from_str_radix(hex, 16));
         parsed.unwrap_or_else(|_| panic!("{name} is no number"))
     };
     for (name, value) in [
@@ -378,19 +371,10 @@ fn the_fixture_and_its_header_agree() {
     assert_eq!(start.tss.base, number("TSS") + 3 * number("TSS_STRIDE"));
     assert_eq!(u64::from(start.tss.limit), number("TSS_LIMIT"));
     assert_eq!(u64::from(start.tr), number("SEL_TSS") + 3 * 16);
-    assert_eq!(
-        start.gs_base - fixture::cpu_address(0, 0).expect("a block"),
-        3 * number("CPU_BLOCK_SIZE")
-    );
-    assert_eq!(
-        start.fs_base,
-        number("USER_CPU") + 3 * number("USER_CPU_SIZE")
-    );
+    assert_eq!(start.gs_base - fixture::cpu_address(0, 0).expect("a block"), 3 * number("CPU_BLOCK_SIZE"));
+    assert_eq!(start.fs_base, number("USER_CPU") + 3 * number("USER_CPU_SIZE"));
     let user = fixture::start_in_ring_3("ring3_line", 3).expect("a start");
-    assert_eq!(
-        user.rsp,
-        number("USER_STACKS") + 4 * number("USER_STACK_SIZE")
-    );
+    assert_eq!(user.rsp, number("USER_STACKS") + 4 * number("USER_STACK_SIZE"));
     assert_eq!(u64::from(user.cs), number("SEL_USER_CODE"));
     assert_eq!(u64::from(user.ss), number("SEL_USER_DATA"));
 }
@@ -442,26 +426,12 @@ fn the_fixtures_page_tables_are_as_documented() {
             _ => Some((page + 5, user)),
         };
         assert_eq!(walk(&memory, page + 5), expected, "{page:#x}");
-        assert_eq!(
-            walk(&memory, fixture::ALIAS + page + 5),
-            expected,
-            "{page:#x}"
-        );
+        assert_eq!(walk(&memory, fixture::ALIAS + page + 5), expected, "{page:#x}");
         let huge = walk(&memory, fixture::HUGE_ALIAS + page + 5);
         assert_eq!(huge, Some((page + 5, false)), "{page:#x}");
     }
-    for address in [
-        0x40_0000,
-        0x1234_5678,
-        fixture::MMIO,
-        0xfee0_0020,
-        0xffff_ffff,
-    ] {
-        assert_eq!(
-            walk(&memory, address),
-            Some((address, false)),
-            "{address:#x}"
-        );
+    for address in [0x40_0000, 0x1234_5678, fixture::MMIO, 0xfee0_0020, 0xffff_ffff] {
+        assert_eq!(walk(&memory, address), Some((address, false)), "{address:#x}");
     }
     assert_eq!(walk(&memory, fixture::ALIAS + fixture::MEMORY), None);
     assert_eq!(walk(&memory, 0x2_0000_0000), None);
@@ -471,25 +441,16 @@ fn the_fixtures_page_tables_are_as_documented() {
 #[test]
 fn the_fixtures_interrupt_gates_lead_to_their_stubs() {
     let memory = loaded(fixture::image());
-    let idt =
-        usize::try_from(fixture::start("loop5", 0).expect("a start").idt.base).expect("small");
+    let idt = usize::try_from(fixture::start("loop5", 0).expect("a start").idt.base).expect("small");
     for vector in 0..256 {
         let gate = &memory[idt + vector * 16..idt + vector * 16 + 16];
-        let word = |at: usize, bytes: usize| {
-            gate[at..at + bytes]
-                .iter()
-                .rev()
-                .fold(0, |n, &byte| n << 8 | u64::from(byte))
-        };
+        let word =
+            |at: usize, bytes: usize| gate[at..at + bytes].iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte));
         let target = word(0, 2) | word(6, 2) << 16 | word(8, 4) << 32;
         let stub = fixture::label(&format!("fx_vector_{vector}"));
         assert_eq!(Some(target), stub, "vector {vector}");
         assert_eq!(word(2, 2), 0x08, "vector {vector}: selector");
-        let gate_type = if matches!(vector, 1 | 3 | 4 | 0x41) {
-            0xee
-        } else {
-            0x8e
-        };
+        let gate_type = if matches!(vector, 1 | 3 | 4 | 0x41) { 0xee } else { 0x8e };
         assert_eq!(word(5, 1), gate_type, "vector {vector}: type");
         // The stub pushes its own number, after 0 where the CPU gives no error code.
         let code = &memory[usize::try_from(target).expect("small")..][..16];
@@ -525,4 +486,46 @@ fn a_log_entry_is_decoded_in_the_order_of_its_fields() {
         entry.cpu,
     ];
     assert_eq!(fields, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+}
+
+#[test]
+fn the_acts_are_those_of_the_image() {
+    let file = object::File::parse(crate::acts()).expect("acts");
+    let data = file.section_by_name(".rodata").expect(".rodata");
+    let data = data.data().expect("data");
+    for name in acts::NAMES {
+        let text = [b"\0", name.as_bytes(), b"\0"].concat();
+        let found = data.windows(text.len()).any(|part| part == text) || data.starts_with(&text[1..]);
+        assert!(found, "the image does not know {name}");
+    }
+    let table = file.symbol_by_name("acts").expect("the table").size();
+    assert_eq!(table, acts::NAMES.len() as u64 * 16);
+}
+
+/// The header that a Multiboot 1 loader looks for in the first 8 KiB of the file.
+#[test]
+fn multiboot_images_have_their_header_and_class() {
+    for (image, is_64) in [(formats::multiboot32(), false), (formats::multiboot64(), true)] {
+        let word = |at: usize| u32::from_le_bytes(image[at..at + 4].try_into().expect("4 bytes"));
+        let header = (0..8192 - 12).step_by(4).find(|&at| word(at) == 0x1bad_b002);
+        let at = header.expect("a header");
+        let sum = word(at).wrapping_add(word(at + 4)).wrapping_add(word(at + 8));
+        assert_eq!(sum, 0);
+        assert_eq!(object::File::parse(image).expect("ELF").is_64(), is_64);
+        assert!(symbol(image, "spin_here").is_some());
+    }
+}
+
+#[test]
+fn the_pvh_image_has_its_note() {
+    let image = formats::pvh();
+    let file = object::File::parse(image).expect("ELF");
+    let note = file.section_by_name(".note.pvh").expect("a note");
+    let note = note.data().expect("data");
+    let word = |at: usize| u32::from_le_bytes(note[at..at + 4].try_into().expect("4 bytes"));
+    assert_eq!((word(0), word(4), word(8)), (4, 8, 18));
+    assert_eq!(&note[12..16], b"Xen\0");
+    assert_eq!(Some(u64::from(word(16))), symbol(image, "_start"));
+    let head = &image[..8192];
+    assert!(!head.windows(4).any(|part| part == 0x1bad_b002_u32.to_le_bytes()));
 }
