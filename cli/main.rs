@@ -3,6 +3,7 @@
 mod args;
 mod console;
 mod run;
+mod stub;
 mod terminal;
 
 use std::fs;
