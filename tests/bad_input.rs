@@ -65,7 +65,7 @@ fn options_that_do_not_exist_or_fit() {
     refused_saying(&["--gdb", "unix:/nonexistent/socket"], USAGE, "mkdir");
     refused_saying(&["--console", "printer"], USAGE, "stdio, none or file:PATH");
     refused_saying(&["--console", "file:/nonexistent/console"], USAGE, "another file");
-    refused_saying(&["--boot-protocol", "bzimage"], USAGE, "ELF");
+    refused_saying(&["--boot-protocol", "bzimage"], USAGE, "not a bzImage");
 }
 
 #[test]

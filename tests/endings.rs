@@ -80,13 +80,13 @@ fn a_guest_that_does_nothing_any_more_is_timed_out() {
 #[test]
 fn the_console_takes_every_byte_of_a_pipe_in_both_directions() {
     // More than all queues on the way hold. ^D and q end the guest, so they come last.
-    let input: Vec<u8> = (0..20_000u32).map(|n| b"abcdefghijklmnoprstuvwxyz\x01 \n"[n as usize % 28]).collect();
+    let input: Vec<u8> = (0..20_000).map(|n| b"abcdefghijklmnoprstuvwxyz\x01 \n"[n % 28]).collect();
     let output = act("run=echo exit=0", &[input.clone(), b"q".to_vec()].concat(), &[]);
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
-    let echoed = output.stdout.windows(64).any(|w| w == &input[..64]);
-    assert!(echoed, "{}", String::from_utf8_lossy(&output.stdout[..output.stdout.len().min(300)]));
-    let count = |bytes: &[u8]| bytes.iter().filter(|&&byte| byte == b'e').count();
-    assert!(count(&output.stdout) >= count(&input), "{} of {}", count(&output.stdout), count(&input));
+    // The guest ends its lines as terminals want them.
+    let echoed: Vec<u8> = output.stdout.into_iter().filter(|&byte| byte != b'\r').collect();
+    let at = echoed.windows(27).position(|bytes| bytes == &input[..27]).expect("the echo begins");
+    assert!(echoed[at..].starts_with(&input), "bytes were lost or changed");
 }
 
 #[test]
