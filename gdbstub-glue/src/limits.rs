@@ -35,3 +35,6 @@ pub const STOP_HISTORY: usize = 32;
 
 /// Longest text of an error reply or console line, in bytes.
 pub const TEXT: usize = 1024;
+
+/// How often what the present client has sent is read before another one is turned away.
+pub const READS_BEFORE_REFUSAL: usize = 32;

@@ -15,7 +15,7 @@ use crate::adapter::Adapter;
 use crate::address::{Address, AddressError, Listening, ListeningSocket};
 use crate::debuggee::{Debuggee, DebuggeeError};
 use crate::framing::encode;
-use crate::limits::{ACCEPTS_PER_EVENT, INPUT_CHUNK, OUTPUT_LIMIT};
+use crate::limits::{ACCEPTS_PER_EVENT, INPUT_CHUNK, OUTPUT_LIMIT, READS_BEFORE_REFUSAL};
 use crate::session::{Flow, Session};
 use crate::target::Target;
 
@@ -171,6 +171,14 @@ impl<D: Debuggee> Server<D> {
                     break;
                 }
             };
+            // The one before may be gone, its end unread behind its last packets: a gdb that was
+            // killed and started again is not a second one.
+            for _ in 0..READS_BEFORE_REFUSAL {
+                match self.client.as_ref().map(|client| client.stream.fd()) {
+                    Some(fd) => outcome = self.on_ready(fd, target)?,
+                    None => break,
+                }
+            }
             if self.is_attached() {
                 refuse(stream);
                 continue;
