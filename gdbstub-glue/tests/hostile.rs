@@ -1,5 +1,6 @@
 //! Clients that mean no good: whatever they send, the VMM lives, its memory stays small, and
 //! once they are gone the guest runs and nothing is left of them.
+#![allow(clippy::unwrap_used, reason = "a failure here fails the test")]
 
 mod support;
 

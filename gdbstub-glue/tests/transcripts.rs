@@ -1,4 +1,5 @@
 //! The protocol, packet by packet, over a machine made of memory.
+#![allow(clippy::unwrap_used, reason = "a failure here fails the test")]
 
 mod support;
 

@@ -246,7 +246,7 @@ pub fn unframe(bytes: &[u8]) -> Vec<String> {
             rest = after;
             continue;
         }
-        let end = after.iter().position(|&b| b == b'#').expect("an unfinished packet");
+        let end = after.iter().position(|&b| b == b'#').unwrap_or_else(|| panic!("an unfinished packet"));
         let body = &after[..end];
         assert_eq!(frame(body)[body.len() + 2..], after[end + 1..end + 3], "checksum");
         out.push(expand(body).escape_ascii().to_string());
@@ -272,7 +272,7 @@ fn expand(body: &[u8]) -> Vec<u8> {
 
 /// The text in an `O` packet.
 pub fn console(reply: &str) -> String {
-    let digits = reply.strip_prefix('O').expect("console output");
+    let digits = reply.strip_prefix('O').unwrap_or_else(|| panic!("no console output: {reply}"));
     let bytes = (0..digits.len() / 2).map(|i| u8::from_str_radix(&digits[2 * i..2 * i + 2], 16).unwrap());
     String::from_utf8(bytes.collect()).unwrap()
 }
