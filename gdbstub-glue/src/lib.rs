@@ -31,6 +31,7 @@ mod session;
 mod stop;
 mod target;
 mod threads;
+mod vm;
 
 pub use address::{Address, AddressError, Listening};
 pub use debuggee::{Debuggee, DebuggeeError};

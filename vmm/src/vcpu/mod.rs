@@ -1,5 +1,18 @@
 //! vCPU threads: the only code that touches a vCPU.
+//!
+//! [`Cpu`] is what a thread can do with its vCPU, `thread` is the loop that obeys the
+//! [coordinator](crate::coordinator) and runs the guest, `protocol` is what the two say to each
+//! other, and `kvm` turns it all into ioctls.
 
+mod cpu;
+#[cfg_attr(feature = "shuttle", allow(dead_code))]
+pub(crate) mod kick;
+mod kvm;
+pub(crate) mod protocol;
 mod registers;
+mod step;
+pub(crate) mod thread;
 
+pub use cpu::{Arming, Cpu, Exit};
+pub use kvm::{ArmHook, KvmCpu};
 pub use registers::{Activity, DescriptorTable, Fpu, Registers, Segment};

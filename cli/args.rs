@@ -1,0 +1,242 @@
+//! The command line: what it takes, and what it refuses before anything is started.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use trapline_gdbstub_glue::Address;
+use trapline_vmm::boot::{ApStart, Format};
+use trapline_vmm::limits::{MAX_MEMORY, MAX_VCPUS, MIB, MIN_MEMORY};
+
+/// A debugger that sits under a guest kernel.
+#[derive(Debug, Parser)]
+#[command(name = "trapline", version, about, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Boots a guest and runs it, under a gdb stub if asked to
+    Run(RunArgs),
+    /// Writes the built-in demo guest, an ELF with symbols, to a file
+    DemoGuest {
+        /// The file to write
+        output: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Kernel: bzImage, ELF vmlinux, Multiboot 1 image or bare-metal ELF64 [default: the built-in demo guest]
+    #[arg(value_name = "KERNEL")]
+    pub(crate) kernel: Option<PathBuf>,
+
+    /// The same, as an option
+    #[arg(long = "kernel", value_name = "FILE", conflicts_with = "kernel")]
+    pub(crate) kernel_option: Option<PathBuf>,
+
+    /// Initial RAM disk, or the one module of a PVH or Multiboot kernel
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initrd: Option<PathBuf>,
+
+    /// Kernel command line
+    #[arg(long, value_name = "STRING", default_value = "", hide_default_value = true)]
+    pub(crate) cmdline: String,
+
+    /// Number of vCPUs [default: 1, or 2 for the built-in guest]
+    #[arg(long, value_name = "N", value_parser = parse_cpus)]
+    pub(crate) cpus: Option<u32>,
+
+    /// Guest memory, with suffix K, M or G
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_memory)]
+    pub(crate) memory: u64,
+
+    /// Serve gdb here: :PORT (loopback), HOST:PORT or unix:PATH
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) gdb: Option<Address>,
+
+    /// Let a gdb ADDR that other machines can reach be used: whoever connects controls the guest
+    #[arg(long, requires = "gdb")]
+    pub(crate) gdb_expose: bool,
+
+    /// Hold the guest at its first instruction until gdb continues it
+    #[arg(long, requires = "gdb")]
+    pub(crate) wait: bool,
+
+    /// End the run with exit code 5 after this time (such as 500ms, 60s, 5m)
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub(crate) timeout: Option<Duration>,
+
+    /// Where the guest's console goes: stdio, none or file:PATH
+    #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = parse_console)]
+    pub(crate) console: ConsoleTarget,
+
+    /// How the other vCPUs are started
+    #[arg(long, value_name = "HOW", default_value = "sipi")]
+    pub(crate) ap_start: ApStartArg,
+
+    /// Boot the kernel as this format instead of what it looks like
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) boot_protocol: Option<FormatArg>,
+}
+
+impl RunArgs {
+    /// The kernel, whichever way it was given.
+    pub(crate) fn kernel(&self) -> Option<&PathBuf> {
+        self.kernel.as_ref().or(self.kernel_option.as_ref())
+    }
+
+    /// The number of vCPUs, with its default.
+    pub(crate) fn cpus(&self) -> u32 {
+        self.cpus.unwrap_or(if self.kernel().is_none() { 2 } else { 1 })
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum ConsoleTarget {
+    Stdio,
+    None,
+    File(PathBuf),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ApStartArg {
+    /// INIT and SIPI, through real mode, as on a PC
+    Sipi,
+    /// The ACPI wakeup mailbox, in long mode from their first instruction (Linux 5.17 and later)
+    Mailbox,
+}
+
+impl From<ApStartArg> for ApStart {
+    fn from(arg: ApStartArg) -> Self {
+        match arg {
+            ApStartArg::Sipi => ApStart::Sipi,
+            ApStartArg::Mailbox => ApStart::Mailbox,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FormatArg {
+    /// Linux bzImage
+    Bzimage,
+    /// ELF with a PVH note
+    Pvh,
+    /// Linux vmlinux, 64-bit entry
+    Linux64,
+    /// Multiboot 1
+    Multiboot,
+    /// ELF64, entered in long mode
+    BareMetal,
+}
+
+impl From<FormatArg> for Format {
+    fn from(arg: FormatArg) -> Self {
+        match arg {
+            FormatArg::Bzimage => Format::BzImage,
+            FormatArg::Pvh => Format::Pvh,
+            FormatArg::Linux64 => Format::Linux64,
+            FormatArg::Multiboot => Format::Multiboot,
+            FormatArg::BareMetal => Format::BareMetal,
+        }
+    }
+}
+
+fn parse_cpus(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(cpus) if (1..=MAX_VCPUS).contains(&cpus) => Ok(cpus),
+        _ => Err(format!("give a number of vCPUs from 1 to {MAX_VCPUS}")),
+    }
+}
+
+fn parse_memory(text: &str) -> Result<u64, String> {
+    let advice = format!("give a size from {} M to {} M, such as 256M or 2G", MIN_MEMORY / MIB, MAX_MEMORY / MIB);
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&text[..at], 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 30),
+        _ => (text, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| advice.clone())?;
+    match number.checked_mul(1 << shift) {
+        Some(bytes) if (MIN_MEMORY..=MAX_MEMORY).contains(&bytes) => Ok(bytes),
+        _ => Err(advice),
+    }
+}
+
+fn parse_time(text: &str) -> Result<Duration, String> {
+    let advice = || "give a time such as 500ms, 60s or 5m".to_owned();
+    let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let number: u64 = text[..at].parse().map_err(|_| advice())?;
+    let millis = match &text[at..] {
+        "ms" => Some(number),
+        "" | "s" => number.checked_mul(1_000),
+        "m" => number.checked_mul(60_000),
+        "h" => number.checked_mul(3_600_000),
+        _ => None,
+    };
+    // A century is as good as no limit, and far from where timers overflow.
+    match millis {
+        Some(millis @ 1..3_000_000_000_000) => Ok(Duration::from_millis(millis)),
+        _ => Err(advice()),
+    }
+}
+
+fn parse_console(text: &str) -> Result<ConsoleTarget, String> {
+    match text.split_once(':') {
+        None if text == "stdio" => Ok(ConsoleTarget::Stdio),
+        None if text == "none" => Ok(ConsoleTarget::None),
+        Some(("file", path)) if !path.is_empty() => Ok(ConsoleTarget::File(path.into())),
+        _ => Err("give stdio, none or file:PATH".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_memory("256M"), Ok(256 << 20));
+        assert_eq!(parse_memory("4g"), Ok(4 << 30));
+        assert_eq!(parse_memory("4194304"), Ok(4 << 20));
+        for bad in ["", "M", "0", "-1", "1.5G", "256MB", "99999999999G", "1K", "é"] {
+            assert!(parse_memory(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn times() {
+        assert_eq!(parse_time("60s"), Ok(Duration::from_secs(60)));
+        assert_eq!(parse_time("2"), Ok(Duration::from_secs(2)));
+        assert_eq!(parse_time("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_time("5m"), Ok(Duration::from_secs(300)));
+        for bad in ["", "s", "0", "-1s", "1.5s", "9999999999999999999s", "18446744073709551615m", "1 s", "1é"] {
+            assert!(parse_time(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn vcpus() {
+        assert_eq!(parse_cpus("64"), Ok(64));
+        for bad in ["0", "65", "10000", "-1", "two", ""] {
+            assert!(parse_cpus(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn consoles() {
+        assert_eq!(parse_console("file:/x"), Ok(ConsoleTarget::File("/x".into())));
+        for bad in ["", "file:", "file", "stdio:", "tty"] {
+            assert!(parse_console(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,290 @@
+//! The console: a 16550 at COM1 (vm-superio), its output and its input.
+//!
+//! Input comes from the event loop ([`Serial::push_input`]) and waits in a queue of [`CONSOLE_INPUT_QUEUE`] bytes
+//! until the guest has room in the FIFO, so nothing is lost while the guest is slow. The event loop asks
+//! [`Serial::input_room`] before it reads from the terminal, and is told through an eventfd when there is room again.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use thiserror::Error;
+use vm_superio::{Serial as Uart, Trigger, serial::NoEvents};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::DeviceEvent;
+use super::bus::Device;
+use crate::limits::CONSOLE_INPUT_QUEUE;
+
+/// First I/O port of COM1.
+pub const COM1: u16 = 0x3f8;
+/// Number of I/O ports of a 16550.
+pub const PORTS: u16 = 8;
+/// Its interrupt: ISA IRQ 4, edge triggered.
+pub const COM1_IRQ: u32 = 4;
+
+/// Offset of the data register.
+const DATA: u8 = 0;
+
+/// Where the guest's output goes. Clones write to the same place, one access after the other.
+#[derive(Clone)]
+pub struct Console(Arc<Mutex<Box<dyn Write + Send>>>);
+
+impl std::fmt::Debug for Console {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Console")
+    }
+}
+
+impl Console {
+    /// Output goes to `sink`. The guest waits while it blocks; what it refuses is lost.
+    pub fn new(sink: impl Write + Send + 'static) -> Self {
+        Self(Arc::new(Mutex::new(Box::new(sink))))
+    }
+}
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut sink = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        sink.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let mut sink = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        sink.flush()
+    }
+}
+
+/// The interrupt line: an eventfd that KVM turns into an edge (irqfd).
+#[derive(Debug)]
+struct Irq(EventFd);
+
+impl Trigger for Irq {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// The serial port could not be set up.
+#[derive(Debug, Error)]
+#[error("cannot make an eventfd for the console: {0}; raise the limit of open files (ulimit -n)")]
+pub struct SerialError(#[from] io::Error);
+
+/// A 16550 with a queue of input.
+#[derive(Debug)]
+pub struct Serial {
+    uart: Uart<Irq, NoEvents, Console>,
+    queue: VecDeque<u8>,
+    room: EventFd,
+    waiting: bool,
+}
+
+impl Serial {
+    /// A port after reset that writes to `console`.
+    pub fn new(console: Console) -> Result<Self, SerialError> {
+        Ok(Self {
+            uart: Uart::new(Irq(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?), console),
+            queue: VecDeque::new(),
+            room: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            waiting: false,
+        })
+    }
+
+    /// The interrupt line, to be given to KVM_IRQFD as GSI [`COM1_IRQ`].
+    pub fn irq(&self) -> Result<EventFd, SerialError> {
+        Ok(self.uart.interrupt_evt().0.try_clone()?)
+    }
+
+    /// An eventfd that is written when there is room again after [`Serial::input_room`] said 0.
+    pub fn room_event(&self) -> Result<EventFd, SerialError> {
+        Ok(self.room.try_clone()?)
+    }
+
+    /// Bytes that [`Serial::push_input`] would take now at least. 0: wait for the room event.
+    pub fn input_room(&mut self) -> usize {
+        let room = CONSOLE_INPUT_QUEUE - self.queue.len();
+        self.waiting |= room == 0;
+        room
+    }
+
+    /// Takes input for the guest. Returns how many of the bytes were taken; the rest is the caller's to keep until
+    /// the room event.
+    pub fn push_input(&mut self, bytes: &[u8]) -> usize {
+        let mut rest = bytes;
+        while !rest.is_empty() && self.input_room() > 0 {
+            let (now, later) = rest.split_at(rest.len().min(self.input_room()));
+            self.queue.extend(now);
+            self.fill();
+            rest = later;
+        }
+        bytes.len() - rest.len()
+    }
+
+    /// Moves input from the queue to the FIFO as far as there is room (there is none in loopback mode).
+    fn fill(&mut self) {
+        while !self.queue.is_empty() && self.uart.fifo_capacity() > 0 {
+            let (front, _) = self.queue.as_slices();
+            let most = front.len().min(self.uart.fifo_capacity());
+            let taken = self.uart.enqueue_raw_bytes(&front[..most]).unwrap_or_else(|error| {
+                // The bytes are in the FIFO; only the edge went nowhere, with the machine that it was for.
+                tracing::warn!(%error, "console input");
+                most
+            });
+            if taken == 0 {
+                break;
+            }
+            self.queue.drain(..taken);
+        }
+        if self.waiting && self.queue.len() <= CONSOLE_INPUT_QUEUE / 2 {
+            self.waiting = false;
+            if let Err(error) = self.room.write(1) {
+                tracing::warn!(%error, "console room event");
+            }
+        }
+    }
+}
+
+impl Device for Serial {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        for (offset, byte) in (offset as u8..).zip(data) {
+            *byte = self.uart.read(offset);
+            if offset == DATA {
+                self.fill();
+            }
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Option<DeviceEvent> {
+        for (offset, byte) in (offset as u8..).zip(data) {
+            if let Err(error) = self.uart.write(offset, *byte) {
+                // The guest cannot be made to wait for a closed terminal; it goes on without.
+                tracing::debug!(%error, "console output lost");
+            }
+            if offset != DATA {
+                self.fill();
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::{Bus, Shared};
+
+    const IER: u16 = COM1 + 1;
+    const IIR: u16 = COM1 + 2;
+    const MCR: u16 = COM1 + 4;
+    const LSR: u16 = COM1 + 5;
+
+    /// A sink that can be looked at.
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn com1(sink: impl Write + Send + 'static) -> (Bus, Shared<Serial>) {
+        let serial = Shared::new(Serial::new(Console::new(sink)).unwrap());
+        let mut bus = Bus::new();
+        bus.add_pio(COM1, PORTS, &serial).unwrap();
+        (bus, serial)
+    }
+
+    fn inb(bus: &Bus, port: u16) -> u8 {
+        let mut byte = [0];
+        bus.pio_read(port, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn output_goes_to_the_sink_in_order() {
+        let sink = Sink::default();
+        let (bus, _) = com1(sink.clone());
+        for byte in b"hello " {
+            bus.pio_write(COM1, &[*byte]);
+        }
+        bus.pio_write_string(COM1, 1, b"world");
+        assert_eq!(*sink.0.lock().unwrap(), b"hello world");
+    }
+
+    #[test]
+    fn a_sink_that_refuses_loses_output_only() {
+        struct Closed;
+        impl Write for Closed {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
+        }
+        let (bus, _) = com1(Closed);
+        assert_eq!(bus.pio_write(COM1, b"x"), None);
+        assert_eq!(inb(&bus, LSR) & 0x20, 0x20, "transmitter ready");
+    }
+
+    #[test]
+    fn no_input_is_lost_however_slow_the_guest_is() {
+        let (bus, serial) = com1(io::sink());
+        let room = serial.lock().room_event().unwrap();
+        let sent: Vec<u8> = (0..20_000u32).map(|n| (n % 251) as u8).collect();
+        let (mut given, mut got) = (0, Vec::new());
+        while got.len() < sent.len() {
+            given += serial.lock().push_input(&sent[given..]);
+            if serial.lock().input_room() > 0 {
+                assert_eq!(given, sent.len(), "took less although there was room");
+            }
+            // The guest reads until nothing is left of what it can see.
+            while inb(&bus, LSR) & 1 == 1 {
+                got.push(inb(&bus, COM1));
+            }
+            if given < sent.len() {
+                room.read().expect("room event after a full queue");
+            }
+        }
+        assert_eq!(got, sent);
+    }
+
+    #[test]
+    fn input_raises_the_interrupt_when_the_guest_wants_it() {
+        let (bus, serial) = com1(io::sink());
+        let irq = serial.lock().irq().unwrap();
+        serial.lock().push_input(b"a");
+        assert!(irq.read().is_err(), "interrupts are off after reset");
+        bus.pio_write(IER, &[1]);
+        assert_eq!(irq.read().unwrap(), 1);
+        assert_eq!(inb(&bus, IIR) & 0xf, 4, "received data available");
+        assert_eq!(inb(&bus, COM1), b'a');
+    }
+
+    #[test]
+    fn input_during_loopback_waits() {
+        let (bus, serial) = com1(io::sink());
+        bus.pio_write(MCR, &[0x10]);
+        assert_eq!(serial.lock().push_input(b"abc"), 3);
+        assert_eq!(inb(&bus, LSR) & 1, 0);
+        bus.pio_write(MCR, &[0x08]);
+        let got = [inb(&bus, COM1), inb(&bus, COM1), inb(&bus, COM1)];
+        assert_eq!(&got, b"abc");
+    }
+
+    #[test]
+    fn wide_accesses_are_register_by_register() {
+        let (bus, _) = com1(io::sink());
+        bus.pio_write(COM1 + 7, &[0x5a]);
+        let mut data = [0; 4];
+        bus.pio_read(COM1 + 5, &mut data);
+        assert_eq!(data[2..], [0x5a, 0xff], "scratch register, then nobody");
+    }
+}

@@ -1,0 +1,204 @@
+//! The virtual machine as KVM makes it, before any guest code runs: memory, interrupt
+//! controllers, devices, vCPUs in their first state.
+//!
+//! Unsafe because KVM is given host memory to run the guest in.
+#![allow(unsafe_code)]
+
+use std::io;
+
+use kvm_bindings::{
+    CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
+    KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_cpuid_entry2, kvm_enable_cap, kvm_lapic_state, kvm_mp_state, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+
+use crate::boot::{self, BootError, BootRequest, CpuState, Entry, layout};
+use crate::cpuid::{self, Topology};
+use crate::devices::{Console, Pc, Serial, Shared, serial};
+use crate::memory::GuestRam;
+use crate::msrs;
+use crate::vcpu::{ArmHook, KvmCpu};
+
+/// This host cannot run guests. Each says what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// /dev/kvm is not there.
+    #[error("/dev/kvm does not exist; load the kvm_intel or kvm_amd module, or enable virtualisation in the firmware")]
+    NoKvm,
+    /// /dev/kvm may not be opened.
+    #[error(
+        "no permission to open /dev/kvm; add yourself to its group (usually: sudo usermod -aG kvm $USER, then log in again)"
+    )]
+    Permission,
+    /// /dev/kvm could not be opened for another reason.
+    #[error("cannot open /dev/kvm: {0}; is another hypervisor using the processor's virtualisation?")]
+    Open(io::Error),
+    /// This KVM lacks something without which nothing here works.
+    #[error("this host's KVM has no {0}; a kernel of 5.10 or later on x86-64 has it")]
+    Missing(&'static str),
+    /// KVM allows fewer vCPUs.
+    #[error("this host's KVM allows at most {max} vCPUs; ask for fewer than {asked}")]
+    TooManyVcpus {
+        /// What was asked for.
+        asked: u32,
+        /// What KVM allows.
+        max: usize,
+    },
+    /// A step of making the machine failed.
+    #[error("KVM refused to {step}: {error}")]
+    Setup {
+        /// What was being done.
+        step: &'static str,
+        /// What it said.
+        error: io::Error,
+    },
+}
+
+fn setup<T>(step: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result<T, HostError> {
+    result.map_err(|error| HostError::Setup { step, error: error.into() })
+}
+
+/// Opens /dev/kvm and looks for what the debugger cannot do without.
+pub(crate) fn open_kvm() -> Result<Kvm, HostError> {
+    let kvm = Kvm::new().map_err(|error| match error.errno() {
+        libc::ENOENT | libc::ENODEV => HostError::NoKvm,
+        libc::EACCES | libc::EPERM => HostError::Permission,
+        errno => HostError::Open(io::Error::from_raw_os_error(errno)),
+    })?;
+    for (cap, name) in [
+        (Cap::Irqchip, "in-kernel interrupt controllers"),
+        (Cap::Pit2, "in-kernel PIT"),
+        (Cap::ImmediateExit, "immediate_exit"),
+        (Cap::Debugregs, "access to debug registers"),
+        (Cap::VcpuEvents, "access to vCPU events"),
+        (Cap::MpState, "access to the MP state"),
+        (Cap::ExtCpuid, "CPUID control"),
+    ] {
+        if !kvm.check_extension(cap) {
+            return Err(HostError::Missing(name));
+        }
+    }
+    Ok(kvm)
+}
+
+/// A machine whose vCPUs have not run yet.
+pub(crate) struct Machine {
+    pub(crate) vm: VmFd,
+    pub(crate) cpus: Vec<KvmCpu>,
+    pub(crate) serial: Shared<Serial>,
+    pub(crate) entry: Entry,
+}
+
+/// Why there is no machine.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MachineError {
+    #[error(transparent)]
+    Host(#[from] HostError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error("{0}")]
+    Device(String),
+}
+
+impl Machine {
+    /// Makes a machine around `ram`, with the kernel loaded and every vCPU in its first state.
+    pub(crate) fn new(
+        ram: &GuestRam,
+        request: &BootRequest<'_>,
+        console: Console,
+        arm_hook: impl Fn(u32) -> Option<ArmHook>,
+    ) -> Result<Self, MachineError> {
+        // Everything that is wrong with the input is said before anything is asked of the host.
+        let entry = boot::load(ram, request)?;
+        let kvm = open_kvm()?;
+        let max = kvm.get_max_vcpus();
+        if request.cpus as usize > max {
+            return Err(HostError::TooManyVcpus { asked: request.cpus, max }.into());
+        }
+        let vm = new_vm(&kvm)?;
+        for slot in ram.slots() {
+            let region = kvm_userspace_memory_region {
+                slot: slot.slot,
+                flags: 0,
+                guest_phys_addr: slot.guest_phys_addr,
+                memory_size: slot.memory_size,
+                userspace_addr: slot.userspace_addr,
+            };
+            // SAFETY: the range is a mapping of `ram`, which every vCPU and the `Vm` keep a
+            // clone of, and nothing else lives in it.
+            setup("map guest memory", unsafe { vm.set_user_memory_region(region) })?;
+        }
+        let pc = Pc::new(ram, request.cpus as u8, console).map_err(|error| MachineError::Device(error.to_string()))?;
+        let irq = pc.com1.lock().irq().map_err(|error| MachineError::Device(error.to_string()))?;
+        setup("connect the console's interrupt", vm.register_irqfd(&irq, serial::COM1_IRQ))?;
+        let supported = setup("list its CPUID", kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
+        let topology = Topology { cpus: request.cpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) };
+        let mut cpus = Vec::new();
+        for n in 0..request.cpus {
+            let fd = setup("create a vCPU", vm.create_vcpu(n.into()))?;
+            let state = if n == 0 { Some(entry.bsp) } else { boot::ap_state(request.ap_start, n) };
+            init_vcpu(&fd, &cpuid::vcpu_entries(supported.as_slice(), n, topology), state)?;
+            cpus.push(KvmCpu::new(fd, pc.bus.clone(), ram.mem().clone(), arm_hook(n)));
+        }
+        Ok(Self { vm, cpus, serial: pc.com1, entry })
+    }
+}
+
+fn new_vm(kvm: &Kvm) -> Result<VmFd, HostError> {
+    let vm = setup("create a virtual machine", kvm.create_vm())?;
+    setup("place its identity map", vm.set_identity_map_address(layout::KVM_IDENTITY_MAP))?;
+    setup("place its TSS", vm.set_tss_address(layout::KVM_TSS as usize))?;
+    setup("create the interrupt controllers", vm.create_irq_chip())?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    setup("create the PIT", vm.create_pit2(pit))?;
+    // Without the first, reading vCPU events changes them (KVM API 4.31); without the second,
+    // upstream KVM also queues #UD for what it could not emulate. Older kernels have neither.
+    for cap in [KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_ON_EMULATION_FAILURE] {
+        let mut enable = kvm_enable_cap { cap, ..Default::default() };
+        enable.args[0] = 1;
+        if let Err(error) = vm.enable_cap(&enable) {
+            tracing::debug!(cap, %error, "KVM capability not enabled");
+        }
+    }
+    Ok(vm)
+}
+
+/// Sets everything of a vCPU that exists before its first instruction. Without a state it waits
+/// for INIT and SIPI, as KVM made it.
+fn init_vcpu(fd: &VcpuFd, cpuid: &[kvm_cpuid_entry2], state: Option<CpuState>) -> Result<(), HostError> {
+    let cpuid = CpuId::from_entries(cpuid)
+        .map_err(|_| HostError::Setup { step: "set a vCPU's CPUID", error: io::ErrorKind::OutOfMemory.into() })?;
+    setup("set a vCPU's CPUID", fd.set_cpuid2(&cpuid))?;
+    for entry in msrs::boot_msrs() {
+        let msr = Msrs::from_entries(&[entry])
+            .map_err(|_| HostError::Setup { step: "set a vCPU's MSRs", error: io::ErrorKind::OutOfMemory.into() })?;
+        // One at a time: an MSR that this host lacks must not keep the others from being set.
+        if !matches!(fd.set_msrs(&msr), Ok(1)) {
+            tracing::debug!(msr = format_args!("{:#x}", entry.index), "this host's KVM does not take the MSR");
+        }
+    }
+    let mut lapic = setup("read a local APIC", fd.get_lapic())?;
+    wire_lapic(&mut lapic);
+    setup("set a local APIC", fd.set_lapic(&lapic))?;
+    if let Some(state) = state {
+        let sregs = setup("read a vCPU's registers", fd.get_sregs())?;
+        setup("set a vCPU's system registers", fd.set_sregs(&boot::system_registers(&state, &sregs)))?;
+        setup("set a vCPU's registers", fd.set_regs(&boot::registers(&state)))?;
+        setup("make a vCPU runnable", fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }))?;
+    }
+    Ok(())
+}
+
+/// LINT0 takes the PIC's interrupts and LINT1 is NMI, as firmware leaves them (MP specification 5.1).
+fn wire_lapic(lapic: &mut kvm_lapic_state) {
+    const LVT_LINT0: usize = 0x350;
+    const LVT_LINT1: usize = 0x360;
+    const EXTINT: u32 = 0x700;
+    const NMI: u32 = 0x400;
+    for (offset, mode) in [(LVT_LINT0, EXTINT), (LVT_LINT1, NMI)] {
+        for (byte, value) in lapic.regs[offset..offset + 4].iter_mut().zip(mode.to_le_bytes()) {
+            *byte = value as _;
+        }
+    }
+}

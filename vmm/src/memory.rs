@@ -1,0 +1,224 @@
+//! Guest memory: RAM below the PCI hole, the rest from 4 GiB, and the map that the guest is told.
+//!
+//! ```text
+//!  0          3 GiB        4 GiB
+//!  | RAM ...  | PCI hole   | RAM that did not fit below ...
+//! ```
+
+use thiserror::Error;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::boot::layout;
+use crate::limits::{MAX_MEMORY, MIB, MIN_MEMORY, PAGE_SIZE, PCI_HOLE_END, PCI_HOLE_START};
+
+/// Why guest memory could not be made.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum MemoryError {
+    /// The size is outside of what a machine may have.
+    #[error(
+        "guest memory of {size} bytes is out of range; give between {} MiB and {} MiB",
+        MIN_MEMORY / MIB,
+        MAX_MEMORY / MIB
+    )]
+    OutOfRange {
+        /// The size asked for, in bytes.
+        size: u64,
+    },
+    /// The size is no multiple of the page size.
+    #[error("guest memory of {size} bytes is not a whole number of pages; give a multiple of {PAGE_SIZE} bytes")]
+    NotPaged {
+        /// The size asked for, in bytes.
+        size: u64,
+    },
+    /// The host refused the mapping.
+    #[error("the host cannot map {size} bytes of guest memory ({reason}); ask for less memory")]
+    Map {
+        /// The size asked for, in bytes.
+        size: u64,
+        /// What the host said.
+        reason: String,
+    },
+}
+
+/// What a range of the guest-physical address space is, with the numbers of the ACPI specification (15.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum E820Kind {
+    /// Usable RAM.
+    Ram = 1,
+    /// Not to be used by the guest.
+    Reserved = 2,
+    /// RAM that firmware keeps for as long as the machine runs.
+    AcpiNvs = 4,
+}
+
+/// One line of the memory map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct E820Entry {
+    /// First guest-physical address.
+    pub start: u64,
+    /// Length in bytes, never 0.
+    pub size: u64,
+    /// What it is.
+    pub kind: E820Kind,
+}
+
+/// One memory slot for KVM_SET_USER_MEMORY_REGION (KVM API 4.35).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Slot number, from 0.
+    pub slot: u32,
+    /// First guest-physical address, page aligned.
+    pub guest_phys_addr: u64,
+    /// Length in bytes, a multiple of the page size.
+    pub memory_size: u64,
+    /// Address of the mapping in this process. Valid for as long as the [`GuestRam`] (or a clone of it) lives.
+    pub userspace_addr: u64,
+}
+
+/// The guest's RAM. Cloning shares the memory.
+#[derive(Clone, Debug)]
+pub struct GuestRam {
+    mem: GuestMemoryMmap,
+    size: u64,
+}
+
+impl GuestRam {
+    /// Maps `size` bytes of zeroed RAM (pages are taken from the host as the guest touches them).
+    pub fn new(size: u64) -> Result<Self, MemoryError> {
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&size) {
+            return Err(MemoryError::OutOfRange { size });
+        }
+        if !size.is_multiple_of(PAGE_SIZE) {
+            return Err(MemoryError::NotPaged { size });
+        }
+        let map = |reason: String| MemoryError::Map { size, reason };
+        let ranges = ram_ranges(size)
+            .into_iter()
+            .map(|(start, len)| match usize::try_from(len) {
+                Ok(len) => Ok((GuestAddress(start), len)),
+                Err(e) => Err(map(e.to_string())),
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let mem = GuestMemoryMmap::from_ranges(&ranges).map_err(|e| map(e.to_string()))?;
+        Ok(Self { mem, size })
+    }
+
+    /// The memory itself, by guest-physical address.
+    pub fn mem(&self) -> &GuestMemoryMmap {
+        &self.mem
+    }
+
+    /// All RAM, in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// End (exclusive) of the RAM below the PCI hole.
+    pub fn low_end(&self) -> u64 {
+        self.size.min(PCI_HOLE_START)
+    }
+
+    /// Bytes of RAM from 4 GiB up.
+    pub fn high_size(&self) -> u64 {
+        self.size - self.low_end()
+    }
+
+    /// The ranges of RAM as (start, length), lowest first.
+    pub fn ranges(&self) -> Vec<(u64, u64)> {
+        ram_ranges(self.size)
+    }
+
+    /// The memory slots to give to KVM.
+    pub fn slots(&self) -> Vec<Slot> {
+        (0..)
+            .zip(self.mem.iter())
+            .map(|(slot, region)| Slot {
+                slot,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            })
+            .collect()
+    }
+
+    /// The memory map that every boot protocol hands to the guest, ascending and without overlap.
+    pub fn e820(&self) -> Vec<E820Entry> {
+        let entry = |start: u64, end: u64, kind| E820Entry { start, size: end - start, kind };
+        let mut map = vec![
+            entry(0, layout::NVS_START, E820Kind::Ram),
+            entry(layout::NVS_START, layout::NVS_END, E820Kind::AcpiNvs),
+            entry(layout::NVS_END, layout::VGA_START, E820Kind::Reserved),
+            entry(layout::ACPI_START, layout::ACPI_END, E820Kind::Reserved),
+            entry(layout::HIGH_RAM_START, self.low_end(), E820Kind::Ram),
+            entry(layout::KVM_IDENTITY_MAP, layout::KVM_PAGES_END, E820Kind::Reserved),
+        ];
+        if self.high_size() > 0 {
+            map.push(entry(PCI_HOLE_END, PCI_HOLE_END + self.high_size(), E820Kind::Ram));
+        }
+        map
+    }
+}
+
+/// Splits `size` bytes of RAM around the PCI hole: (start, length), lowest first.
+fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
+    let low = size.min(PCI_HOLE_START);
+    let mut ranges = vec![(0, low)];
+    if size > low {
+        ranges.push((PCI_HOLE_END, size - low));
+    }
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::GIB;
+
+    #[test]
+    fn ram_is_split_around_the_pci_hole() {
+        assert_eq!(ram_ranges(256 * MIB), [(0, 256 * MIB)]);
+        assert_eq!(ram_ranges(3 * GIB), [(0, 3 * GIB)]);
+        assert_eq!(ram_ranges(3 * GIB + PAGE_SIZE), [(0, 3 * GIB), (4 * GIB, PAGE_SIZE)]);
+    }
+
+    #[test]
+    fn slots_cover_all_ram_and_are_page_aligned() {
+        let ram = GuestRam::new(5 * GIB).unwrap();
+        let slots = ram.slots();
+        assert_eq!(slots.iter().map(|s| s.memory_size).sum::<u64>(), 5 * GIB);
+        assert_eq!(slots[0].guest_phys_addr, 0);
+        assert_eq!(slots[1].guest_phys_addr, 4 * GIB);
+        for (i, slot) in slots.iter().enumerate() {
+            assert_eq!(slot.slot as usize, i);
+            assert_eq!(slot.userspace_addr % PAGE_SIZE, 0);
+            assert_ne!(slot.userspace_addr, 0);
+        }
+    }
+
+    #[test]
+    fn sizes_out_of_range_are_one_clear_line() {
+        for size in [0, 1, MIN_MEMORY - PAGE_SIZE, MIN_MEMORY + 1, MAX_MEMORY + PAGE_SIZE, u64::MAX] {
+            let text = GuestRam::new(size).unwrap_err().to_string();
+            assert!(text.contains(&size.to_string()), "{text}");
+            assert!(!text.contains('\n'), "{text}");
+        }
+    }
+
+    #[test]
+    fn memory_map_ascends_without_overlap_and_its_ram_exists() {
+        for size in [MIN_MEMORY, 64 * MIB, 3 * GIB, 3 * GIB + PAGE_SIZE, 6 * GIB] {
+            let ram = GuestRam::new(size).unwrap();
+            let map = ram.e820();
+            for pair in map.windows(2) {
+                assert!(pair[0].start + pair[0].size <= pair[1].start, "{size}: {pair:?}");
+            }
+            for entry in map.iter().filter(|e| e.kind != E820Kind::Reserved) {
+                assert!(entry.size > 0);
+                let whole = usize::try_from(entry.size).unwrap();
+                assert!(ram.mem().check_range(GuestAddress(entry.start), whole), "{size}: {entry:?}");
+            }
+        }
+    }
+}

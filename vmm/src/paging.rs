@@ -1,0 +1,311 @@
+//! Linear to physical, through the guest's own page tables (SDM vol. 3, ch. 4).
+//!
+//! The tables are read from guest memory, whatever the guest has put there: an entry that points
+//! outside RAM is the same as one that is not present. Permissions are not checked: a debugger
+//! reads and patches what the guest could not.
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+use crate::vcpu::Registers;
+
+const PRESENT: u64 = 1;
+const HUGE: u64 = 1 << 7;
+/// Bits 51:12, the widest physical address there is.
+const FRAME: u64 = 0x000f_ffff_ffff_f000;
+
+const CR0_PE: u64 = 1;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PSE: u64 = 1 << 4;
+const CR4_PAE: u64 = 1 << 5;
+const CR4_LA57: u64 = 1 << 12;
+const EFER_LMA: u64 = 1 << 10;
+
+/// What the walk needs to know of a vCPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Paging {
+    /// CR0.
+    pub cr0: u64,
+    /// CR3.
+    pub cr3: u64,
+    /// CR4.
+    pub cr4: u64,
+    /// IA32_EFER.
+    pub efer: u64,
+}
+
+impl From<&Registers> for Paging {
+    fn from(registers: &Registers) -> Self {
+        let Registers { cr0, cr3, cr4, efer, .. } = *registers;
+        Paging { cr0, cr3, cr4, efer }
+    }
+}
+
+/// A translated address and how far the same mapping reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mapping {
+    /// Guest physical address.
+    pub gpa: u64,
+    /// Bytes from there to the end of the page.
+    pub left: u64,
+}
+
+impl Paging {
+    /// Translates `gva`; `None` if it is not mapped or not canonical.
+    pub fn translate(&self, memory: &GuestMemoryMmap, gva: u64) -> Option<Mapping> {
+        if self.cr0 & CR0_PG == 0 || self.cr0 & CR0_PE == 0 {
+            // 32-bit linear addresses, each its own physical one.
+            return (gva >> 32 == 0).then(|| Mapping { gpa: gva, left: (1 << 32) - gva });
+        }
+        if self.efer & EFER_LMA != 0 {
+            let levels = if self.cr4 & CR4_LA57 != 0 { 5 } else { 4 };
+            let bits = 12 + 9 * levels;
+            let sign = (gva as i64) >> (bits - 1);
+            return (sign == 0 || sign == -1).then(|| walk_64(memory, self.cr3 & FRAME, gva, levels)).flatten();
+        }
+        if gva >> 32 != 0 {
+            return None;
+        }
+        if self.cr4 & CR4_PAE != 0 {
+            // Four page-directory pointers, 32-byte aligned; they have no huge form.
+            let pointer = entry_64(memory, (self.cr3 & 0xffff_ffe0) + (gva >> 30) * 8)?;
+            return walk_64(memory, pointer & FRAME, gva & 0x3fff_ffff, 2);
+        }
+        self.walk_32(memory, gva)
+    }
+
+    /// Two levels of four-byte entries, with 4 MiB pages and PSE-36.
+    fn walk_32(&self, memory: &GuestMemoryMmap, gva: u64) -> Option<Mapping> {
+        let directory = entry_32(memory, (self.cr3 & 0xffff_f000) + (gva >> 22) * 4)?;
+        if self.cr4 & CR4_PSE != 0 && directory & HUGE != 0 {
+            let offset = gva & 0x3f_ffff;
+            let base = (directory & 0xffc0_0000) | ((directory >> 13) & 0xff) << 32;
+            return Some(Mapping { gpa: base | offset, left: 0x40_0000 - offset });
+        }
+        let table = entry_32(memory, (directory & 0xffff_f000) + (gva >> 12 & 0x3ff) * 4)?;
+        let offset = gva & 0xfff;
+        Some(Mapping { gpa: (table & 0xffff_f000) | offset, left: 0x1000 - offset })
+    }
+
+    /// Reads from `gva` on; how many bytes could be read before the first that is not there.
+    pub fn read(&self, memory: &GuestMemoryMmap, gva: u64, into: &mut [u8]) -> usize {
+        self.pieces(memory, gva, into.len(), |gpa, range| read_physical(memory, gpa, &mut into[range]))
+    }
+
+    /// Writes all of `bytes` from `gva` on; whether it was done. If not, nothing was written.
+    pub fn write(&self, memory: &GuestMemoryMmap, gva: u64, bytes: &[u8]) -> bool {
+        let there = self.pieces(memory, gva, bytes.len(), |gpa, range| backed(memory, gpa, range.len()));
+        there == bytes.len()
+            && self.pieces(memory, gva, bytes.len(), |gpa, range| write_physical(memory, gpa, &bytes[range]))
+                == bytes.len()
+    }
+
+    /// Calls `each` for the pieces of the range that lie in one page; it says how many bytes of
+    /// its piece it could handle. The sum, up to the first short one.
+    fn pieces(
+        &self,
+        memory: &GuestMemoryMmap,
+        gva: u64,
+        len: usize,
+        mut each: impl FnMut(u64, std::ops::Range<usize>) -> usize,
+    ) -> usize {
+        let mut done = 0;
+        while done < len {
+            let Some(mapping) = gva.checked_add(done as u64).and_then(|at| self.translate(memory, at)) else { break };
+            let want = (len - done).min(usize::try_from(mapping.left).unwrap_or(usize::MAX));
+            let got = each(mapping.gpa, done..done + want);
+            done += got;
+            if got < want {
+                break;
+            }
+        }
+        done
+    }
+}
+
+/// Walks `levels` levels of eight-byte entries.
+fn walk_64(memory: &GuestMemoryMmap, mut table: u64, gva: u64, levels: u32) -> Option<Mapping> {
+    for level in (0..levels).rev() {
+        let shift = 12 + 9 * level;
+        let entry = entry_64(memory, table + (gva >> shift & 0x1ff) * 8)?;
+        let is_leaf = level == 0 || (level <= 2 && entry & HUGE != 0);
+        if is_leaf {
+            let size = 1u64 << shift;
+            let offset = gva & (size - 1);
+            return Some(Mapping { gpa: (entry & FRAME & !(size - 1)) | offset, left: size - offset });
+        }
+        table = entry & FRAME;
+    }
+    None
+}
+
+fn entry_64(memory: &GuestMemoryMmap, at: u64) -> Option<u64> {
+    let entry: u64 = memory.read_obj(GuestAddress(at)).ok()?;
+    (entry & PRESENT != 0).then_some(entry)
+}
+
+fn entry_32(memory: &GuestMemoryMmap, at: u64) -> Option<u64> {
+    let entry: u32 = memory.read_obj(GuestAddress(at)).ok()?;
+    (u64::from(entry) & PRESENT != 0).then_some(entry.into())
+}
+
+/// Reads RAM from `gpa` on; how many bytes could be read before the first that is not RAM.
+pub fn read_physical(memory: &GuestMemoryMmap, gpa: u64, into: &mut [u8]) -> usize {
+    memory.read(into, GuestAddress(gpa)).unwrap_or(0)
+}
+
+/// Writes RAM from `gpa` on; how many bytes could be written before the first that is not RAM.
+pub fn write_physical(memory: &GuestMemoryMmap, gpa: u64, bytes: &[u8]) -> usize {
+    memory.write(bytes, GuestAddress(gpa)).unwrap_or(0)
+}
+
+/// Writes all of `bytes` at `gpa`, or nothing; whether it was done.
+pub fn write_all_physical(memory: &GuestMemoryMmap, gpa: u64, bytes: &[u8]) -> bool {
+    backed(memory, gpa, bytes.len()) == bytes.len() && write_physical(memory, gpa, bytes) == bytes.len()
+}
+
+/// How many bytes from `gpa` on, up to `len`, are RAM.
+fn backed(memory: &GuestMemoryMmap, gpa: u64, len: usize) -> usize {
+    if len == 0 || memory.check_range(GuestAddress(gpa), len) {
+        return len;
+    }
+    (0..len)
+        .take_while(|&n| gpa.checked_add(n as u64).is_some_and(|at| memory.address_in_range(GuestAddress(at))))
+        .count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn memory() -> GuestMemoryMmap {
+        // Two regions with a hole between them, as around the PCI hole.
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x40_0000), (GuestAddress(0x80_0000), 0x10_0000)]).unwrap()
+    }
+
+    fn put(memory: &GuestMemoryMmap, at: u64, entry: u64) {
+        memory.write_obj(entry, GuestAddress(at)).unwrap();
+    }
+
+    const LONG: Paging = Paging { cr0: CR0_PG | CR0_PE, cr3: 0x1000, cr4: CR4_PAE, efer: EFER_LMA };
+
+    #[test]
+    fn four_levels_and_every_page_size() {
+        let m = memory();
+        put(&m, 0x1000, 0x2003);
+        put(&m, 0x2000, 0x3003);
+        put(&m, 0x2008, 0x83); // 1 GiB page at gva 0x4000_0000, gpa 0
+        put(&m, 0x3000, 0x4003);
+        put(&m, 0x3008, 0x20_0083); // 2 MiB page at gva 0x20_0000
+        put(&m, 0x4000 + 8 * 5, 0x8000_0000_0000_9003); // 4 KiB page at gva 0x5000, NX set
+        assert_eq!(LONG.translate(&m, 0x5123), Some(Mapping { gpa: 0x9123, left: 0xedd }));
+        assert_eq!(LONG.translate(&m, 0x20_0010), Some(Mapping { gpa: 0x20_0010, left: 0x1f_fff0 }));
+        assert_eq!(LONG.translate(&m, 0x4000_0010), Some(Mapping { gpa: 0x10, left: 0x3fff_fff0 }));
+        assert_eq!(LONG.translate(&m, 0x6000), None);
+        assert_eq!(LONG.translate(&m, 0x0000_8000_0000_0000), None, "not canonical");
+        assert_eq!(LONG.translate(&m, 0xffff_8000_0000_0000), None, "canonical, not mapped");
+    }
+
+    #[test]
+    fn five_levels() {
+        let m = memory();
+        let paging = Paging { cr4: CR4_PAE | CR4_LA57, ..LONG };
+        put(&m, 0x1000 + 8 * 511, 0x2003);
+        put(&m, 0x2000, 0x3003);
+        put(&m, 0x3000, 0x4003);
+        put(&m, 0x4000, 0x5003);
+        put(&m, 0x5000, 0x9003);
+        assert_eq!(paging.translate(&m, 0xffff_0000_0000_0042).map(|x| x.gpa), Some(0x9042));
+        assert_eq!(paging.translate(&m, 0x00ff_0000_0000_0042), None);
+        assert_eq!(paging.translate(&m, 0x0100_0000_0000_0000), None, "not canonical with 57 bits");
+    }
+
+    #[test]
+    fn the_older_modes() {
+        let m = memory();
+        let real = Paging::default();
+        assert_eq!(real.translate(&m, 0x9123).map(|x| x.gpa), Some(0x9123));
+        assert_eq!(real.translate(&m, 1 << 32), None);
+        let flat32 = Paging { cr0: CR0_PE | CR0_PG, cr3: 0x1000, cr4: CR4_PSE, efer: 0 };
+        m.write_obj(0x2003u32, GuestAddress(0x1000)).unwrap();
+        m.write_obj(0x0000_2083u32, GuestAddress(0x1004)).unwrap(); // 4 MiB page, PSE-36 bit 32
+        m.write_obj(0x9003u32, GuestAddress(0x2004)).unwrap();
+        assert_eq!(flat32.translate(&m, 0x1042).map(|x| x.gpa), Some(0x9042));
+        assert_eq!(flat32.translate(&m, 0x40_0042).map(|x| x.gpa), Some(0x1_0000_0042));
+        let pae = Paging { cr0: CR0_PE | CR0_PG, cr3: 0x1020, cr4: CR4_PAE, efer: 0 };
+        put(&m, 0x1020, 0x5001);
+        put(&m, 0x5000, 0x6003);
+        put(&m, 0x6008, 0x9003);
+        assert_eq!(pae.translate(&m, 0x1042).map(|x| x.gpa), Some(0x9042));
+        assert_eq!(pae.translate(&m, 0x4000_0000), None);
+    }
+
+    #[test]
+    fn reads_cross_pages_and_stop_short_where_nothing_is_mapped() {
+        let m = memory();
+        put(&m, 0x1000, 0x2003);
+        put(&m, 0x2000, 0x3003);
+        put(&m, 0x3000, 0x4003);
+        put(&m, 0x4000, 0xa003); // gva 0 -> a000
+        put(&m, 0x4008, 0x9003); // gva 1000 -> 9000
+        put(&m, 0x4018, 0x50_0003); // gva 3000 -> the hole
+        m.write_slice(b"abcd", GuestAddress(0xaffc)).unwrap();
+        m.write_slice(b"efgh", GuestAddress(0x9000)).unwrap();
+        let mut bytes = [0; 8];
+        assert_eq!(LONG.read(&m, 0xffc, &mut bytes), 8);
+        assert_eq!(&bytes, b"abcdefgh");
+        let mut long = [0; 0x2000];
+        assert_eq!(LONG.read(&m, 0x1000, &mut long), 0x1000);
+        assert_eq!(LONG.read(&m, 0x2000, &mut long), 0);
+        assert_eq!(LONG.read(&m, 0x3000, &mut long), 0, "mapped, but no RAM behind it");
+        assert_eq!(LONG.read(&m, u64::MAX - 2, &mut long), 0);
+        assert!(LONG.write(&m, 0xffe, b"WXYZ"));
+        assert_eq!(LONG.read(&m, 0xffc, &mut bytes), 8);
+        assert_eq!(&bytes, b"abWXYZgh");
+        assert!(!LONG.write(&m, 0x1ffe, b"1234"), "half of it is not mapped");
+        let mut tail = [0; 2];
+        LONG.read(&m, 0x1ffe, &mut tail);
+        assert_eq!(tail, [0, 0], "all or nothing");
+    }
+
+    /// A second, slower reading of the four-level walk, entry by entry.
+    fn naive(m: &GuestMemoryMmap, gva: u64) -> Option<u64> {
+        let at = |table: u64, index: u64| m.read_obj::<u64>(GuestAddress((table & FRAME) + index * 8)).ok();
+        let p4 = at(0x1000, gva / (1 << 39) % 512).filter(|e| e % 2 == 1)?;
+        let p3 = at(p4, gva / (1 << 30) % 512).filter(|e| e % 2 == 1)?;
+        if p3 / 128 % 2 == 1 {
+            return Some((p3 & 0x000f_ffff_c000_0000) + gva % (1 << 30));
+        }
+        let p2 = at(p3, gva / (1 << 21) % 512).filter(|e| e % 2 == 1)?;
+        if p2 / 128 % 2 == 1 {
+            return Some((p2 & 0x000f_ffff_ffe0_0000) + gva % (1 << 21));
+        }
+        let p1 = at(p2, gva / 4096 % 512).filter(|e| e % 2 == 1)?;
+        Some((p1 & FRAME) + gva % 4096)
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_tables_agree_with_the_naive_walk(
+            entries in prop::collection::vec((0u64..4, 0u64..512, any::<u64>(), 0u64..6), 0..200),
+            gvas in prop::collection::vec(any::<u64>(), 1..50),
+            cr0: u64, cr3: u64, cr4: u64, efer: u64,
+        ) {
+            let m = memory();
+            for (table, index, noise, target) in entries {
+                // Half of the entries point at the tables, the others anywhere.
+                let entry = if target < 4 { (0x1000 * (target + 1)) | (noise & 0xfff) } else { noise };
+                put(&m, 0x1000 * (table + 1) + index * 8, entry);
+            }
+            for gva in gvas {
+                let low = gva & 0x0000_7fff_ffff_ffff;
+                prop_assert_eq!(LONG.translate(&m, low).map(|x| x.gpa), naive(&m, low));
+                // Any mode, any registers: no panic.
+                let any = Paging { cr0, cr3, cr4, efer };
+                let mut bytes = [0; 32];
+                any.read(&m, gva, &mut bytes);
+                any.write(&m, gva, &bytes);
+            }
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! What a vCPU thread can do with its vCPU. KVM implements it ([`super::kvm`]); so does the
+//! model that the coordinator is checked against.
+
+use std::io;
+
+use super::{Activity, Registers};
+use crate::debug::{Crash, DebugExit, DebugImage, Dr7, SLOTS, StopReason};
+
+/// Why guest code stopped running. Parsed once from `kvm_run`; everything after matches on this.
+#[derive(Debug)]
+pub enum Exit {
+    /// KVM_RUN came back for a signal or `immediate_exit`; nothing happened in the guest.
+    Kicked,
+    /// KVM_RUN wants to be called again: an AP has just left its wait for SIPI.
+    Again,
+    /// A port or MMIO access, already served. It is complete only after another entry (law C4).
+    Served(Option<StopReason>),
+    /// #DB or #BP.
+    Debug(DebugExit),
+    /// The guest cannot go on.
+    Crash(Crash),
+}
+
+/// Everything that one KVM_SET_GUEST_DEBUG says. The call replaces, it never adds (law 4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arming {
+    /// DR0-DR3.
+    pub addresses: [u64; SLOTS],
+    /// DR7.
+    pub dr7: Dr7,
+    /// Single-step.
+    pub step: bool,
+    /// Withhold interrupts, NMIs and SMIs (law 47).
+    pub block_irq: bool,
+}
+
+impl Arming {
+    /// Nothing armed at all.
+    pub const OFF: Arming = Arming { addresses: [0; SLOTS], dr7: Dr7::NONE, step: false, block_irq: false };
+
+    /// The whole image, for running on.
+    pub fn run(image: &DebugImage) -> Self {
+        Arming { addresses: image.addresses(), dr7: image.dr7(), ..Arming::OFF }
+    }
+}
+
+/// One vCPU, as its own thread sees it. Every method is called on that thread only (law 1).
+pub trait Cpu {
+    /// Called once, when the thread begins.
+    fn begin(&mut self) {}
+
+    /// Forgets kicks that have arrived. Whoever calls this looks at the inbox next (law C2).
+    fn clear_kick(&mut self);
+
+    /// Runs guest code until something happens.
+    fn run(&mut self) -> Exit;
+
+    /// Finishes a served access without running guest code; [`Exit::Kicked`] says that it is done.
+    fn complete(&mut self) -> Exit;
+
+    /// Replaces what is armed.
+    fn arm(&mut self, arming: &Arming) -> io::Result<()>;
+
+    /// Linear address of the next instruction.
+    fn pc(&mut self) -> io::Result<u64>;
+
+    /// All registers.
+    fn registers(&mut self) -> io::Result<Registers>;
+
+    /// Writes all registers. The caller arms again afterwards (law 7).
+    fn set_registers(&mut self, registers: &Registers) -> io::Result<()>;
+
+    /// What the vCPU is doing.
+    fn activity(&mut self) -> io::Result<Activity>;
+
+    /// Makes the vCPU wait for an interrupt, as HLT does.
+    fn halt(&mut self) -> io::Result<()>;
+
+    /// Bytes at a linear address; how many could be read.
+    fn read(&mut self, addr: u64, into: &mut [u8]) -> usize;
+
+    /// Writes to a linear address; whether all of it could be written.
+    fn write(&mut self, addr: u64, bytes: &[u8]) -> bool;
+
+    /// Gives the guest its own #DB, with these DR6 causes added to its DR6 (laws 24, 25).
+    fn reflect_db(&mut self, causes: u64) -> io::Result<()>;
+
+    /// Gives the guest its own #BP for the INT3 at RIP (law 34).
+    fn reflect_bp(&mut self) -> io::Result<()>;
+
+    /// The guest's own TF and DR7, which tell its traps from ours.
+    fn guest_debug_state(&mut self) -> io::Result<(bool, u64)>;
+
+    /// Called before the first entry after a park: tells a paravirtual clock that time was stolen.
+    fn resumed(&mut self) {}
+}

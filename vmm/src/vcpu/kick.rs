@@ -1,0 +1,50 @@
+//! The kick: a signal whose handler makes the next, or the present, KVM_RUN return.
+//!
+//! Unsafe because a signal handler has to reach the `kvm_run` page of the thread it interrupts.
+#![allow(unsafe_code)]
+
+use std::cell::Cell;
+use std::io;
+use std::ptr;
+use std::sync::OnceLock;
+use std::thread::JoinHandle;
+
+use kvm_bindings::kvm_run;
+use libc::{c_int, c_void, siginfo_t};
+use vmm_sys_util::signal::{Killable, register_signal_handler};
+
+/// Offset from SIGRTMIN. The first real-time signals are used by libc and by tools.
+const SIGNAL: c_int = 3;
+
+thread_local! {
+    /// The `kvm_run` page of this thread's vCPU. Const-initialised and without a destructor, so
+    /// that the handler can read it at any moment.
+    static RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+}
+
+extern "C" fn on_kick(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
+    let run = RUN.get();
+    if !run.is_null() {
+        // SAFETY: the pointer was set on this very thread by `receive`, whose caller keeps the
+        // page mapped until it clears it. One byte, written volatile, that only this thread reads.
+        unsafe { ptr::addr_of_mut!((*run).immediate_exit).write_volatile(1) };
+    }
+}
+
+/// Installs the handler, once for the process.
+pub(crate) fn install() -> io::Result<()> {
+    static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
+    INSTALLED
+        .get_or_init(|| register_signal_handler(libc::SIGRTMIN() + SIGNAL, on_kick).map_err(|error| error.errno()))
+        .map_err(io::Error::from_raw_os_error)
+}
+
+/// Makes kicks of this thread reach `run`; null to stop that.
+pub(crate) fn receive(run: *mut kvm_run) {
+    RUN.set(run);
+}
+
+/// Kicks the thread. One that has ended is not there to be interrupted, and that is fine.
+pub(crate) fn send(thread: &JoinHandle<()>) {
+    let _ = thread.kill(libc::SIGRTMIN() + SIGNAL);
+}

@@ -1,0 +1,512 @@
+//! A vCPU as KVM has it: every ioctl on a vCPU file descriptor is in this file.
+//!
+//! Unsafe because what an exit means is read from the `kvm_run` page, a C union that the kernel
+//! fills in.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::ptr;
+use std::slice;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
+    KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP,
+    KVM_GUESTDBG_INJECT_DB, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs,
+    kvm_dtable, kvm_fpu, kvm_guest_debug, kvm_guest_debug_arch, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run,
+    kvm_segment, kvm_sregs,
+};
+use kvm_ioctls::VcpuFd;
+use vm_memory::GuestMemoryMmap;
+
+use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Registers, Segment, kick};
+use crate::debug::{Crash, DebugExit, Dr6, StopReason};
+use crate::devices::{Bus, DeviceEvent};
+use crate::paging::Paging;
+
+const MSR_STAR: u32 = 0xc000_0081;
+const MSR_LSTAR: u32 = 0xc000_0082;
+const MSR_FMASK: u32 = 0xc000_0084;
+const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
+
+/// RFLAGS.TF.
+const TF: u64 = 1 << 8;
+/// INT1, which raises #DB without any cause bit.
+const INT1: u8 = 0xf1;
+/// Most bytes of one instruction.
+const MAX_INSTRUCTION: usize = 15;
+
+/// A hook that tests use to make the arming of a vCPU fail.
+pub type ArmHook = Arc<dyn Fn(&Arming) -> io::Result<()> + Send + Sync>;
+
+/// One vCPU on KVM.
+pub struct KvmCpu {
+    fd: VcpuFd,
+    bus: Arc<Bus>,
+    memory: GuestMemoryMmap,
+    arm_hook: Option<ArmHook>,
+}
+
+impl KvmCpu {
+    /// Takes over a vCPU whose initial state is set.
+    pub fn new(fd: VcpuFd, bus: Arc<Bus>, memory: GuestMemoryMmap, arm_hook: Option<ArmHook>) -> Self {
+        Self { fd, bus, memory, arm_hook }
+    }
+
+    fn enter(&mut self) -> Exit {
+        // The crate's own reading of the exit loses the width of string I/O and all of an
+        // internal error, so the page is read here, once.
+        match self.fd.run().map(|_| ()) {
+            Ok(()) => self.parse(),
+            Err(error) => match error.errno() {
+                libc::EINTR => Exit::Kicked,
+                libc::EAGAIN => Exit::Again,
+                errno => Exit::Crash(Crash::RunFailed { errno }),
+            },
+        }
+    }
+
+    /// Turns the exit in the `kvm_run` page into an [`Exit`], serving what a device serves.
+    fn parse(&mut self) -> Exit {
+        let bus = Arc::clone(&self.bus);
+        let run: *mut kvm_run = self.fd.get_kvm_run();
+        // SAFETY: the page is mapped as long as `self.fd` lives, and the kernel writes it only
+        // during KVM_RUN, which this thread is not in.
+        let exit = unsafe { &mut *run };
+        // What the union holds is said by `exit_reason`; each arm reads its own member only.
+        let body = &mut exit.__bindgen_anon_1;
+        match exit.exit_reason {
+            KVM_EXIT_IO => {
+                // SAFETY: KVM_EXIT_IO fills `io`.
+                let io = unsafe { body.io };
+                let len = usize::from(io.size) * io.count as usize;
+                // SAFETY: the kernel puts `count * size` bytes at `data_offset` in the mapped area.
+                let data = unsafe {
+                    let start = run.cast::<u8>().add(io.data_offset as usize);
+                    slice::from_raw_parts_mut(start, len)
+                };
+                if u32::from(io.direction) == KVM_EXIT_IO_OUT {
+                    served(bus.pio_write_string(io.port, io.size.into(), data))
+                } else {
+                    bus.pio_read_string(io.port, io.size.into(), data);
+                    Exit::Served(None)
+                }
+            }
+            KVM_EXIT_MMIO => {
+                // SAFETY: KVM_EXIT_MMIO fills `mmio`.
+                let mmio = unsafe { &mut body.mmio };
+                let len = (mmio.len as usize).min(mmio.data.len());
+                let data = &mut mmio.data[..len];
+                if mmio.is_write != 0 {
+                    served(bus.mmio_write(mmio.phys_addr, data))
+                } else {
+                    bus.mmio_read(mmio.phys_addr, data);
+                    Exit::Served(None)
+                }
+            }
+            KVM_EXIT_DEBUG => {
+                // SAFETY: KVM_EXIT_DEBUG fills `debug`.
+                let debug = unsafe { body.debug.arch };
+                Exit::Debug(DebugExit { exception: debug.exception, pc: debug.pc, dr6: debug.dr6 })
+            }
+            KVM_EXIT_INTR => Exit::Kicked,
+            KVM_EXIT_SHUTDOWN => Exit::Crash(Crash::TripleFault { state_lost: self.looks_reset() }),
+            KVM_EXIT_FAIL_ENTRY => {
+                // SAFETY: KVM_EXIT_FAIL_ENTRY fills `fail_entry`.
+                let reason = unsafe { body.fail_entry.hardware_entry_failure_reason };
+                Exit::Crash(Crash::FailEntry { reason })
+            }
+            KVM_EXIT_INTERNAL_ERROR => {
+                // SAFETY: KVM_EXIT_INTERNAL_ERROR fills `internal`, and `emulation_failure` is
+                // another view of the same words.
+                let (suberror, failure) = unsafe { (body.internal.suberror, body.emulation_failure) };
+                if suberror != KVM_INTERNAL_ERROR_EMULATION {
+                    return Exit::Crash(Crash::Internal { suberror });
+                }
+                // SAFETY: plain bytes, valid whatever they are.
+                let (size, bytes) = unsafe {
+                    let insn = failure.__bindgen_anon_1.__bindgen_anon_1;
+                    (usize::from(insn.insn_size), insn.insn_bytes)
+                };
+                // Flag 0 says that the bytes are there; they need three words of `data`.
+                let given = failure.flags & 1 != 0 && failure.ndata >= 3;
+                let bytes = if given { bytes[..size.min(bytes.len())].to_vec() } else { self.bytes_at_pc() };
+                Exit::Crash(Crash::EmulationFailure { bytes })
+            }
+            reason => Exit::Crash(Crash::UnknownExit { reason }),
+        }
+    }
+
+    fn bytes_at_pc(&mut self) -> Vec<u8> {
+        let mut bytes = vec![0; MAX_INSTRUCTION];
+        let got = self.pc().map_or(0, |pc| self.read(pc, &mut bytes));
+        bytes.truncate(got);
+        bytes
+    }
+
+    /// SVM resets the vCPU before it reports a shutdown: then RIP stands at the reset vector.
+    fn looks_reset(&self) -> bool {
+        let (Ok(regs), Ok(sregs)) = (self.fd.get_regs(), self.fd.get_sregs()) else { return false };
+        regs.rip == 0xfff0 && sregs.cs.base == 0xffff_0000
+    }
+
+    fn paging(&self) -> io::Result<Paging> {
+        let sregs = self.fd.get_sregs()?;
+        Ok(Paging { cr0: sregs.cr0, cr3: sregs.cr3, cr4: sregs.cr4, efer: sregs.efer })
+    }
+
+    /// Adds `flags` to one call that arms nothing; the caller arms again.
+    fn inject(&self, flags: u32) -> io::Result<()> {
+        Ok(self.fd.set_guest_debug(&kvm_guest_debug { control: flags, ..Default::default() })?)
+    }
+
+    fn msrs(&self) -> io::Result<[u64; 4]> {
+        let entries = MSRS.map(|index| kvm_msr_entry { index, ..Default::default() });
+        let mut msrs = Msrs::from_entries(&entries).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        self.fd.get_msrs(&mut msrs)?;
+        let mut values = [0; 4];
+        for (value, entry) in values.iter_mut().zip(msrs.as_slice()) {
+            *value = entry.data;
+        }
+        Ok(values)
+    }
+
+    fn set_msrs(&self, values: [u64; 4]) -> io::Result<()> {
+        let entries: Vec<_> = MSRS
+            .into_iter()
+            .zip(values)
+            .map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() })
+            .collect();
+        let msrs = Msrs::from_entries(&entries).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let set = self.fd.set_msrs(&msrs)?;
+        if set == entries.len() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EINVAL)) }
+    }
+
+    /// Writes everything, in the order in which nothing undoes what came before (law 7).
+    fn write_all(&self, wanted: &Registers, now: &Registers) -> io::Result<()> {
+        if !same_system_registers(wanted, now) {
+            // Pending interrupts and whatever the plain data leaves out stay as they are.
+            let mut sregs = self.fd.get_sregs()?;
+            put_system_registers(&mut sregs, wanted);
+            self.fd.set_sregs(&sregs)?;
+        }
+        if !same_general_registers(wanted, now) {
+            self.fd.set_regs(&general_registers(wanted))?;
+        }
+        if wanted.fpu != now.fpu {
+            self.fd.set_fpu(&from_fpu(&wanted.fpu))?;
+        }
+        if msr_values(wanted) != msr_values(now) {
+            self.set_msrs(msr_values(wanted))?;
+        }
+        if (wanted.dr, wanted.dr6, wanted.dr7) != (now.dr, now.dr6, now.dr7) {
+            let mut debug = self.fd.get_debug_regs()?;
+            (debug.db, debug.dr6, debug.dr7) = (wanted.dr, wanted.dr6, wanted.dr7);
+            self.fd.set_debug_regs(&debug)?;
+        }
+        Ok(())
+    }
+}
+
+impl Cpu for KvmCpu {
+    fn begin(&mut self) {
+        kick::receive(self.fd.get_kvm_run());
+    }
+
+    fn clear_kick(&mut self) {
+        self.fd.set_kvm_immediate_exit(0);
+    }
+
+    fn run(&mut self) -> Exit {
+        self.enter()
+    }
+
+    fn complete(&mut self) -> Exit {
+        self.fd.set_kvm_immediate_exit(1);
+        let exit = self.enter();
+        // A kick that came meanwhile is not lost: its sender repeats it, and the thread looks at
+        // its inbox before it enters the guest again.
+        self.fd.set_kvm_immediate_exit(0);
+        exit
+    }
+
+    fn arm(&mut self, arming: &Arming) -> io::Result<()> {
+        if let Some(hook) = &self.arm_hook {
+            hook(arming)?;
+        }
+        let mut control = 0;
+        let has_slots = arming.dr7 != crate::debug::Dr7::NONE;
+        // With either of these flags every #DB of the guest's own exits to us, so they are set
+        // only while they are needed (law 5).
+        if has_slots {
+            control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
+        }
+        if arming.step {
+            control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
+        }
+        if arming.step && arming.block_irq {
+            control |= KVM_GUESTDBG_BLOCKIRQ;
+        }
+        let mut arch = kvm_guest_debug_arch::default();
+        arch.debugreg[..4].copy_from_slice(&arming.addresses);
+        arch.debugreg[7] = arming.dr7.bits();
+        Ok(self.fd.set_guest_debug(&kvm_guest_debug { control, arch, ..Default::default() })?)
+    }
+
+    fn pc(&mut self) -> io::Result<u64> {
+        let (regs, sregs) = (self.fd.get_regs()?, self.fd.get_sregs()?);
+        Ok(regs.rip.wrapping_add(sregs.cs.base))
+    }
+
+    fn registers(&mut self) -> io::Result<Registers> {
+        let mut registers = Registers::default();
+        take_general_registers(&mut registers, &self.fd.get_regs()?);
+        take_system_registers(&mut registers, &self.fd.get_sregs()?);
+        registers.fpu = to_fpu(&self.fd.get_fpu()?);
+        [registers.star, registers.lstar, registers.fmask, registers.kernel_gs_base] = self.msrs()?;
+        let debug = self.fd.get_debug_regs()?;
+        (registers.dr, registers.dr6, registers.dr7) = (debug.db, debug.dr6, debug.dr7);
+        Ok(registers)
+    }
+
+    fn set_registers(&mut self, registers: &Registers) -> io::Result<()> {
+        let before = self.registers()?;
+        self.write_all(registers, &before).inspect_err(|_| {
+            // Some of it may have been taken: put back what was, all of it.
+            if let Ok(now) = self.registers() {
+                let _ = self.write_all(&before, &now);
+            }
+        })
+    }
+
+    fn activity(&mut self) -> io::Result<Activity> {
+        Ok(match self.fd.get_mp_state()?.mp_state {
+            KVM_MP_STATE_RUNNABLE => Activity::Runnable,
+            KVM_MP_STATE_HALTED => Activity::Halted,
+            KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED => Activity::WaitForSipi,
+            other => Activity::Other(other),
+        })
+    }
+
+    fn halt(&mut self) -> io::Result<()> {
+        Ok(self.fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_HALTED })?)
+    }
+
+    fn read(&mut self, addr: u64, into: &mut [u8]) -> usize {
+        self.paging().map_or(0, |paging| paging.read(&self.memory, addr, into))
+    }
+
+    fn write(&mut self, addr: u64, bytes: &[u8]) -> bool {
+        self.paging().is_ok_and(|paging| paging.write(&self.memory, addr, bytes))
+    }
+
+    fn reflect_db(&mut self, causes: u64) -> io::Result<()> {
+        if causes == 0 {
+            // VT-x exits on INT1 itself and leaves RIP there; the guest's handler expects it behind.
+            let mut byte = [0];
+            let mut regs = self.fd.get_regs()?;
+            let pc = self.pc()?;
+            if self.read(pc, &mut byte) == 1 && byte[0] == INT1 {
+                regs.rip = regs.rip.wrapping_add(1);
+                self.fd.set_regs(&regs)?;
+            }
+        }
+        let mut debug = self.fd.get_debug_regs()?;
+        debug.dr6 = Dr6(debug.dr6).accumulate(causes).0;
+        self.fd.set_debug_regs(&debug)?;
+        // Without a payload: the guest sees the DR6 that was just set (law 25).
+        self.inject(KVM_GUESTDBG_INJECT_DB)
+    }
+
+    fn reflect_bp(&mut self) -> io::Result<()> {
+        self.inject(KVM_GUESTDBG_INJECT_BP)
+    }
+
+    fn guest_debug_state(&mut self) -> io::Result<(bool, u64)> {
+        Ok((self.fd.get_regs()?.rflags & TF != 0, self.fd.get_debug_regs()?.dr7))
+    }
+
+    fn resumed(&mut self) {
+        // EINVAL: the guest has no kvmclock, and so no watchdog that looks at it.
+        let _ = self.fd.kvmclock_ctrl();
+    }
+}
+
+impl Drop for KvmCpu {
+    fn drop(&mut self) {
+        // The page goes away with the file descriptor; dropped on its own thread, where it began.
+        kick::receive(ptr::null_mut());
+    }
+}
+
+fn served(event: Option<DeviceEvent>) -> Exit {
+    Exit::Served(event.map(|event| match event {
+        DeviceEvent::Exit(value) => StopReason::GuestExit(value),
+        DeviceEvent::Reset => StopReason::GuestShutdown { reset: true },
+        DeviceEvent::PowerOff => StopReason::GuestShutdown { reset: false },
+        DeviceEvent::Panicked | DeviceEvent::CrashLoaded => StopReason::GuestPanic,
+    }))
+}
+
+const MSRS: [u32; 4] = [MSR_STAR, MSR_LSTAR, MSR_FMASK, MSR_KERNEL_GS_BASE];
+
+fn msr_values(r: &Registers) -> [u64; 4] {
+    [r.star, r.lstar, r.fmask, r.kernel_gs_base]
+}
+
+/// Lists the fields that two structs share under other or equal names, once for both directions.
+macro_rules! general {
+    ($to:expr, $from:expr) => {
+        general!(@ $to, $from, rax rbx rcx rdx rsi rdi rbp rsp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags)
+    };
+    (@ $to:expr, $from:expr, $($name:ident)*) => { $( $to.$name = $from.$name; )* };
+}
+
+fn take_general_registers(to: &mut Registers, from: &kvm_regs) {
+    general!(to, from);
+}
+
+fn general_registers(from: &Registers) -> kvm_regs {
+    let mut to = kvm_regs::default();
+    general!(to, from);
+    to
+}
+
+fn same_general_registers(a: &Registers, b: &Registers) -> bool {
+    general_registers(a) == general_registers(b)
+}
+
+fn take_system_registers(to: &mut Registers, from: &kvm_sregs) {
+    to.cs = to_segment(&from.cs);
+    to.ss = to_segment(&from.ss);
+    to.ds = to_segment(&from.ds);
+    to.es = to_segment(&from.es);
+    to.fs = to_segment(&from.fs);
+    to.gs = to_segment(&from.gs);
+    to.tr = to_segment(&from.tr);
+    to.ldtr = to_segment(&from.ldt);
+    to.gdtr = DescriptorTable { base: from.gdt.base, limit: from.gdt.limit };
+    to.idtr = DescriptorTable { base: from.idt.base, limit: from.idt.limit };
+    (to.cr0, to.cr2, to.cr3, to.cr4, to.cr8) = (from.cr0, from.cr2, from.cr3, from.cr4, from.cr8);
+    (to.efer, to.apic_base) = (from.efer, from.apic_base);
+}
+
+fn put_system_registers(to: &mut kvm_sregs, from: &Registers) {
+    to.cs = from_segment(&from.cs);
+    to.ss = from_segment(&from.ss);
+    to.ds = from_segment(&from.ds);
+    to.es = from_segment(&from.es);
+    to.fs = from_segment(&from.fs);
+    to.gs = from_segment(&from.gs);
+    to.tr = from_segment(&from.tr);
+    to.ldt = from_segment(&from.ldtr);
+    to.gdt = kvm_dtable { base: from.gdtr.base, limit: from.gdtr.limit, ..Default::default() };
+    to.idt = kvm_dtable { base: from.idtr.base, limit: from.idtr.limit, ..Default::default() };
+    (to.cr0, to.cr2, to.cr3, to.cr4, to.cr8) = (from.cr0, from.cr2, from.cr3, from.cr4, from.cr8);
+    (to.efer, to.apic_base) = (from.efer, from.apic_base);
+}
+
+fn same_system_registers(a: &Registers, b: &Registers) -> bool {
+    let of = |registers| {
+        let mut sregs = kvm_sregs::default();
+        put_system_registers(&mut sregs, registers);
+        sregs
+    };
+    of(a) == of(b)
+}
+
+fn to_segment(from: &kvm_segment) -> Segment {
+    let bit = |value: u8, at: u32| u32::from(value & 1) << at;
+    Segment {
+        selector: from.selector,
+        base: from.base,
+        limit: from.limit,
+        attributes: u32::from(from.type_ & 0xf)
+            | bit(from.s, 4)
+            | u32::from(from.dpl & 3) << 5
+            | bit(from.present, 7)
+            | bit(from.avl, 12)
+            | bit(from.l, 13)
+            | bit(from.db, 14)
+            | bit(from.g, 15)
+            | bit(from.unusable, 16),
+    }
+}
+
+fn from_segment(from: &Segment) -> kvm_segment {
+    let bit = |at: u32| (from.attributes >> at & 1) as u8;
+    kvm_segment {
+        base: from.base,
+        limit: from.limit,
+        selector: from.selector,
+        type_: (from.attributes & 0xf) as u8,
+        s: bit(4),
+        dpl: (from.attributes >> 5 & 3) as u8,
+        present: bit(7),
+        avl: bit(12),
+        l: bit(13),
+        db: bit(14),
+        g: bit(15),
+        unusable: bit(16),
+        padding: 0,
+    }
+}
+
+fn to_fpu(from: &kvm_fpu) -> Fpu {
+    let mut fpu = Fpu {
+        fcw: from.fcw,
+        fsw: from.fsw,
+        ftwx: from.ftwx,
+        fop: from.last_opcode,
+        fip: from.last_ip,
+        fdp: from.last_dp,
+        mxcsr: from.mxcsr,
+        xmm: from.xmm.map(u128::from_le_bytes),
+        ..Fpu::default()
+    };
+    for (st, from) in fpu.st.iter_mut().zip(&from.fpr) {
+        st.copy_from_slice(&from[..10]);
+    }
+    fpu
+}
+
+fn from_fpu(from: &Fpu) -> kvm_fpu {
+    let mut fpu = kvm_fpu {
+        fcw: from.fcw,
+        fsw: from.fsw,
+        ftwx: from.ftwx,
+        last_opcode: from.fop,
+        last_ip: from.fip,
+        last_dp: from.fdp,
+        mxcsr: from.mxcsr,
+        xmm: from.xmm.map(u128::to_le_bytes),
+        ..kvm_fpu::default()
+    };
+    for (fpr, from) in fpu.fpr.iter_mut().zip(&from.st) {
+        fpr[..10].copy_from_slice(from);
+    }
+    fpu
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn segments_survive_the_round_trip(base: u64, limit: u32, selector: u16, attributes in 0u32..0x2_0000) {
+            // Bits 11:8 are not part of the format.
+            let attributes = attributes & !0xf00;
+            let segment = Segment { selector, base, limit, attributes };
+            prop_assert_eq!(to_segment(&from_segment(&segment)), segment);
+        }
+
+        #[test]
+        fn the_fpu_survives_the_round_trip(st: [[u8; 10]; 8], xmm: [u128; 16], fcw: u16, ftwx: u8, mxcsr: u32) {
+            let fpu = Fpu { st, xmm, fcw, ftwx, mxcsr, fsw: !fcw, fop: fcw ^ 1, fip: 7, fdp: 9 };
+            prop_assert_eq!(to_fpu(&from_fpu(&fpu)), fpu);
+        }
+    }
+}

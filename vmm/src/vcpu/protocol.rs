@@ -1,0 +1,61 @@
+//! What the coordinator and the vCPU threads say to each other.
+//!
+//! Every [`Command`] is answered exactly once, with the number it came with; a vCPU that finds
+//! something out by itself parks and then says so with an [`Event`]. Both travel through one
+//! channel, so that an event is always seen before the answer that was sent after it.
+
+use super::{Activity, Registers};
+use crate::debug::{DebugImage, RunMode, StopReason, VcpuId};
+use crate::sync::Arc;
+
+/// From the coordinator to one vCPU thread.
+#[derive(Debug)]
+pub(crate) struct Command {
+    pub(crate) seq: u64,
+    pub(crate) request: Request,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) enum Request {
+    /// Make this image the one in force, now.
+    Install(Arc<DebugImage>),
+    /// Stop running guest code, with no access left half-done.
+    Park,
+    /// Go on in this mode.
+    Resume(RunMode),
+    /// What was reported at the present pc was never told to anybody: report it again.
+    Untell,
+    ReadRegisters,
+    WriteRegisters(Box<Registers>),
+    ReadActivity,
+    /// Disarm everything and end the thread.
+    Quit,
+}
+
+/// From a vCPU thread to the coordinator.
+#[derive(Debug)]
+pub(crate) enum Message {
+    Answer(Answer),
+    Event(Event),
+}
+
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) vcpu: VcpuId,
+    pub(crate) seq: u64,
+    pub(crate) result: Result<Reply, String>,
+}
+
+#[derive(Debug)]
+pub(crate) enum Reply {
+    Done,
+    Registers(Box<Registers>),
+    Activity(Activity),
+}
+
+/// A vCPU has parked itself for these reasons. Never empty.
+#[derive(Debug)]
+pub(crate) struct Event {
+    pub(crate) vcpu: VcpuId,
+    pub(crate) reasons: Vec<StopReason>,
+}

@@ -1,0 +1,331 @@
+//! The vCPU thread: obey, run, classify, park.
+//!
+//! ```text
+//!                    Resume(mode)
+//!         ┌────────┐ ───────────► ┌─────────┐  run ─► Exit ─► classify
+//!         │ Parked │              │ Running │ ◄───────── nobody's: go on
+//!         └────────┘ ◄─────────── └─────────┘
+//!                    Park, or a stop of its own (Event)
+//! ```
+//!
+//! The loop clears the kick *before* it looks at the inbox: a kick that arrives later makes the
+//! next entry return at once, so that no command waits for a guest exit (law C2).
+
+use std::io;
+
+use super::cpu::{Arming, Cpu, Exit};
+use super::protocol::{Answer, Command, Event, Message, Reply, Request};
+use super::step::Stepped;
+use crate::debug::{Causes, DebugExit, DebugImage, Expectation, RunMode, StopReason, Trigger, VcpuId, classify};
+use crate::sync::{Arc, mpsc};
+
+enum State {
+    Parked,
+    Running(RunMode),
+}
+
+/// What one entry into the guest was armed for.
+struct Entry {
+    from: u64,
+    stepping: bool,
+    expect: Expectation,
+}
+
+pub(crate) struct VcpuThread<C> {
+    id: VcpuId,
+    cpu: C,
+    inbox: mpsc::Receiver<Command>,
+    outbox: mpsc::Sender<Message>,
+    /// Wakes whoever waits for events elsewhere than in the channel.
+    notify: Box<dyn Fn() + Send>,
+    state: State,
+    image: Arc<DebugImage>,
+    /// What KVM was last told; `None` when it must be told again.
+    armed: Option<Arming>,
+    /// The pc of the last stop. An execution slot there has had its say: the vCPU steps off it.
+    told: Option<u64>,
+    /// A served access has not been completed yet.
+    incomplete: bool,
+    /// The instruction that is being stepped, from its first entry until it is done.
+    stepped: Option<Stepped>,
+}
+
+impl<C: Cpu> VcpuThread<C> {
+    pub(crate) fn new(
+        id: VcpuId,
+        cpu: C,
+        inbox: mpsc::Receiver<Command>,
+        outbox: mpsc::Sender<Message>,
+        notify: Box<dyn Fn() + Send>,
+    ) -> Self {
+        Self {
+            id,
+            cpu,
+            inbox,
+            outbox,
+            notify,
+            state: State::Parked,
+            image: Arc::default(),
+            armed: None,
+            told: None,
+            incomplete: false,
+            stepped: None,
+        }
+    }
+
+    /// Runs until told to quit, or until the coordinator is gone.
+    pub(crate) fn main(mut self) {
+        self.cpu.begin();
+        loop {
+            self.cpu.clear_kick();
+            let command = match self.state {
+                State::Parked => self.inbox.recv().map(Some).map_err(|_| ()),
+                State::Running(_) => match self.inbox.try_recv() {
+                    Ok(command) => Ok(Some(command)),
+                    Err(mpsc::TryRecvError::Empty) => Ok(None),
+                    Err(mpsc::TryRecvError::Disconnected) => Err(()),
+                },
+            };
+            match (command, &self.state) {
+                (Ok(Some(command)), _) => {
+                    let quit = matches!(command.request, Request::Quit);
+                    self.obey(command);
+                    if quit {
+                        return;
+                    }
+                }
+                (Ok(None), &State::Running(mode)) => self.run_once(mode),
+                (Ok(None), State::Parked) => {}
+                (Err(()), _) => return,
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        let result = match command.request {
+            Request::Install(image) => self.install(image).map(|()| Reply::Done),
+            Request::Park => self.park().map(|()| Reply::Done),
+            Request::Resume(mode) => {
+                self.resume(mode);
+                Ok(Reply::Done)
+            }
+            Request::Untell => {
+                self.told = None;
+                Ok(Reply::Done)
+            }
+            Request::ReadRegisters => self.cpu.registers().map(|r| Reply::Registers(Box::new(r))),
+            Request::WriteRegisters(registers) => {
+                // Writing registers drops what KVM latched for the step (law 7).
+                self.armed = None;
+                self.cpu.set_registers(&registers).map(|()| Reply::Done)
+            }
+            Request::ReadActivity => self.cpu.activity().map(Reply::Activity),
+            Request::Quit => self.cpu.arm(&Arming::OFF).map(|()| Reply::Done),
+        };
+        let result = result.map_err(|error| error.to_string());
+        self.send(Message::Answer(Answer { vcpu: self.id, seq: command.seq, result }));
+    }
+
+    /// The coordinator may be gone already; then nobody wants to hear.
+    fn send(&self, message: Message) {
+        let _ = self.outbox.send(message);
+    }
+
+    fn install(&mut self, image: Arc<DebugImage>) -> io::Result<()> {
+        let arming = Arming::run(&image);
+        // On failure KVM has kept what it had, and so does this thread.
+        self.cpu.arm(&arming)?;
+        self.armed = Some(arming);
+        self.image = image;
+        Ok(())
+    }
+
+    fn resume(&mut self, mode: RunMode) {
+        if mode != RunMode::Parked && matches!(self.state, State::Parked) {
+            self.cpu.resumed();
+            self.state = State::Running(mode);
+        }
+    }
+
+    /// Parks with nothing half-done and nothing armed but the image (laws C4, C8).
+    fn park(&mut self) -> io::Result<()> {
+        self.settle();
+        self.state = State::Parked;
+        self.stepped = None;
+        self.arm(Arming::run(&self.image))
+    }
+
+    /// Completes a served access. What surfaces meanwhile is an event of its own.
+    fn settle(&mut self) {
+        while std::mem::take(&mut self.incomplete) {
+            let entry = Entry { from: 0, stepping: false, expect: Expectation { stepping: false, suspended: 0 } };
+            match self.cpu.complete() {
+                Exit::Kicked => {}
+                exit => self.handle(exit, &entry, RunMode::Continue),
+            }
+        }
+    }
+
+    fn arm(&mut self, arming: Arming) -> io::Result<()> {
+        if self.armed == Some(arming) && !arming.step {
+            return Ok(());
+        }
+        self.armed = None;
+        self.cpu.arm(&arming)?;
+        self.armed = Some(arming);
+        Ok(())
+    }
+
+    /// One entry into the guest.
+    fn run_once(&mut self, mode: RunMode) {
+        let entry = match self.prepare(mode) {
+            Ok(entry) => entry,
+            Err(error) => {
+                let errno = error.raw_os_error().unwrap_or(0);
+                return self.stop(vec![StopReason::Crash(crate::debug::Crash::RunFailed { errno })]);
+            }
+        };
+        // Entering the guest completes whatever access was served before.
+        self.incomplete = false;
+        let exit = self.cpu.run();
+        self.handle(exit, &entry, mode);
+    }
+
+    /// Decides what to arm for the next entry and arms it: the slots, less those that this vCPU
+    /// stands on and was stopped for, and single-step if that is wanted or needed.
+    fn prepare(&mut self, mode: RunMode) -> io::Result<Entry> {
+        let wants_step = mode != RunMode::Continue;
+        if !wants_step && self.told.is_none() {
+            self.arm(Arming::run(&self.image))?;
+            return Ok(Entry { from: 0, stepping: false, expect: Expectation { stepping: false, suspended: 0 } });
+        }
+        let from = self.cpu.pc()?;
+        let suspended = match self.told {
+            Some(pc) if pc == from => self.image.exec_slots_at(from).fold(0, |bits, (n, _)| bits | 1 << n),
+            _ => {
+                self.told = None;
+                0
+            }
+        };
+        let stepping = wants_step || suspended != 0;
+        let mut arming = Arming::run(&self.image);
+        if suspended != 0 {
+            arming.dr7 = self.image.dr7_off(from);
+        }
+        if stepping {
+            if self.stepped.is_none() {
+                self.stepped = Some(Stepped::begin(&mut self.cpu, from)?);
+            }
+            arming.step = true;
+            // A halted vCPU is woken by nothing but an interrupt.
+            arming.block_irq = !self.stepped.as_ref().is_some_and(Stepped::waits_for_interrupt);
+        }
+        self.arm(arming)?;
+        Ok(Entry { from, stepping, expect: Expectation { stepping, suspended } })
+    }
+
+    fn handle(&mut self, exit: Exit, entry: &Entry, mode: RunMode) {
+        match exit {
+            Exit::Kicked | Exit::Again => {}
+            Exit::Served(None) => {
+                self.incomplete = true;
+                if entry.stepping {
+                    self.complete_step(entry, mode);
+                }
+            }
+            Exit::Served(Some(reason)) => {
+                self.incomplete = true;
+                self.settle();
+                self.stop(vec![reason]);
+            }
+            Exit::Debug(exit) => self.trapped(exit, entry, mode),
+            Exit::Crash(crash) => self.stop(vec![StopReason::Crash(crash)]),
+        }
+    }
+
+    /// A port or MMIO access was stepped: on some paths KVM reports no #DB for it (law 50). The
+    /// instruction is done once RIP has moved; a REP that stays is stepped further.
+    fn complete_step(&mut self, entry: &Entry, mode: RunMode) {
+        self.incomplete = false;
+        match self.cpu.complete() {
+            Exit::Kicked => {
+                if self.cpu.pc().is_ok_and(|pc| pc != entry.from) {
+                    self.step_done(mode);
+                }
+            }
+            exit => self.handle(exit, entry, mode),
+        }
+    }
+
+    fn trapped(&mut self, exit: DebugExit, entry: &Entry, mode: RunMode) {
+        let (guest_tf, guest_dr7) = self.cpu.guest_debug_state().unwrap_or((false, 0));
+        let causes = classify(exit, &self.image, entry.expect, guest_tf, guest_dr7);
+        let Causes { step, hits, guest_db, guest_bp } = causes;
+        if let Some(causes) = guest_db {
+            self.reflect(|cpu| cpu.reflect_db(causes));
+        }
+        if guest_bp {
+            self.reflect(|cpu| cpu.reflect_bp());
+        }
+        if hits.is_empty() {
+            if step {
+                self.step_done(mode);
+            }
+            return;
+        }
+        if step {
+            // The instruction is done too; the hit is the reason that is told.
+            self.end_step();
+        }
+        self.told = Some(exit.pc);
+        let mut reasons: Vec<StopReason> = Vec::new();
+        for (_, request, addr) in hits {
+            let reason = match request.on {
+                Trigger::Execute => StopReason::Breakpoint(request),
+                _ => StopReason::Watchpoint { request, addr },
+            };
+            if !reasons.contains(&reason) {
+                reasons.push(reason);
+            }
+        }
+        self.stop(reasons);
+    }
+
+    fn reflect(&mut self, inject: impl FnOnce(&mut C) -> io::Result<()>) {
+        self.armed = None;
+        if let Err(error) = inject(&mut self.cpu) {
+            tracing::warn!(vcpu = self.id.0, %error, "the guest's own debug exception could not be delivered");
+        }
+    }
+
+    fn end_step(&mut self) {
+        if let Some(stepped) = self.stepped.take() {
+            stepped.end(&mut self.cpu);
+            self.armed = None;
+        }
+    }
+
+    /// The stepped instruction is done: tell, or go on if it was only to get off a breakpoint.
+    fn step_done(&mut self, mode: RunMode) {
+        self.end_step();
+        self.told = None;
+        let stop = match mode {
+            RunMode::Continue | RunMode::Parked => false,
+            RunMode::Step => true,
+            RunMode::StepRange { start, end } => !self.cpu.pc().is_ok_and(|pc| (start..end).contains(&pc)),
+        };
+        if stop {
+            self.told = self.cpu.pc().ok();
+            self.stop(vec![StopReason::Step]);
+        }
+    }
+
+    /// Parks for reasons of its own, and then says so.
+    fn stop(&mut self, reasons: Vec<StopReason>) {
+        if let Err(error) = self.park() {
+            tracing::warn!(vcpu = self.id.0, %error, "parked, but its debug registers could not be put back");
+        }
+        self.send(Message::Event(Event { vcpu: self.id, reasons }));
+        (self.notify)();
+    }
+}

@@ -1,0 +1,223 @@
+//! A guest under the debugger: the machine, its coordinator, and its memory.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot::{BootError, BootRequest, Entry};
+use crate::coordinator::{Coordinator, CoordinatorError, Kick};
+use crate::debug::{Breakpoint, BreakpointError, Ending, Level, Owner, ResumePlan, Stop, StopReason, VcpuId};
+use crate::devices::{Console, Serial, Shared};
+use crate::machine::{HostError, Machine, MachineError};
+use crate::memory::{GuestRam, MemoryError};
+use crate::paging::{self, Paging};
+use crate::probe;
+use crate::vcpu::{Activity, ArmHook, Registers, kick};
+
+/// What to make a guest from.
+pub struct VmConfig<'a> {
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// Kernel, initrd, command line, vCPUs.
+    pub boot: BootRequest<'a>,
+    /// Where the console's output goes.
+    pub console: Console,
+    /// For tests: asked before each vCPU is armed, so that an ioctl can be made to fail.
+    pub arm_hook: Option<Arc<dyn Fn(VcpuId) -> io::Result<()> + Send + Sync>>,
+}
+
+/// Why there is no guest. The severity is the caller's to decide.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The host cannot.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// The kernel, initrd or command line cannot be booted.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The memory cannot be had.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Threads, eventfds.
+    #[error("cannot start the machine: {0}; raise the limits of open files and threads (ulimit -n, ulimit -u)")]
+    Resources(String),
+}
+
+impl From<MachineError> for VmError {
+    fn from(error: MachineError) -> Self {
+        match error {
+            MachineError::Host(error) => VmError::Host(error),
+            MachineError::Boot(error) => VmError::Boot(error),
+            MachineError::Device(error) => VmError::Resources(error),
+        }
+    }
+}
+
+/// A guest under the debugger. Made stopped, before its first instruction.
+pub struct Vm {
+    // Dropped first: its threads use everything below.
+    coordinator: Coordinator,
+    ram: GuestRam,
+    serial: Shared<Serial>,
+    entry: Entry,
+    events: EventFd,
+    // Keeps the interrupt controllers alive for as long as devices raise lines.
+    _vm: VmFd,
+}
+
+impl Vm {
+    /// Makes the machine and loads the kernel. No guest code has run when this returns.
+    pub fn boot(config: VmConfig<'_>) -> Result<Self, VmError> {
+        let resources = |error: io::Error| VmError::Resources(error.to_string());
+        let ram = GuestRam::new(config.memory)?;
+        let hook = |n: u32| -> Option<ArmHook> {
+            let hook = config.arm_hook.clone()?;
+            Some(Arc::new(move |_| hook(VcpuId(n))))
+        };
+        let machine = Machine::new(&ram, &config.boot, config.console, hook)?;
+        kick::install().map_err(resources)?;
+        let events = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(resources)?;
+        let notify = Arc::new(events.try_clone().map_err(resources)?);
+        let cpus = machine.cpus.into_iter().map(|cpu| (cpu, Box::new(kick::send) as Kick)).collect();
+        let coordinator = Coordinator::new(cpus, move || {
+            // Fails only when the counter is full, and then it is readable already.
+            let _ = notify.write(1);
+        })
+        .map_err(resources)?;
+        Ok(Self { coordinator, ram, serial: machine.serial, entry: machine.entry, events, _vm: machine.vm })
+    }
+
+    /// Readable whenever [`poll`](Self::poll) may have something to say.
+    pub fn events(&self) -> &EventFd {
+        &self.events
+    }
+
+    /// The console's input side.
+    pub fn serial(&self) -> &Shared<Serial> {
+        &self.serial
+    }
+
+    /// What was loaded and where.
+    pub fn entry(&self) -> &Entry {
+        &self.entry
+    }
+
+    /// Guest memory.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Number of vCPUs.
+    pub fn vcpus(&self) -> usize {
+        self.coordinator.vcpus()
+    }
+
+    /// Whether guest code may be running.
+    pub fn is_running(&self) -> bool {
+        self.coordinator.is_running()
+    }
+
+    /// How the run ended, if it has.
+    pub fn ended(&self) -> Option<&Ending> {
+        self.coordinator.ended()
+    }
+
+    /// The breakpoints in force.
+    pub fn breakpoints(&self) -> &[(Owner, Breakpoint)] {
+        self.coordinator.breakpoints()
+    }
+
+    /// Arms `request` on every vCPU, or nowhere; works while the guest runs. What this host's KVM
+    /// would accept and never trigger is refused.
+    pub fn set_breakpoint(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
+        if request.on.is_watch() {
+            let unsupported = |why: String| BreakpointError::Unsupported { request, why };
+            if !probe::data_watch_fires().map_err(unsupported)? {
+                return Err(unsupported("this host's KVM accepts data watchpoints and never triggers them".to_owned()));
+            }
+        }
+        self.arm(owner, request)
+    }
+
+    /// As [`set_breakpoint`](Self::set_breakpoint), without asking what the host can do.
+    pub(crate) fn arm(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
+        self.coordinator.set_breakpoint(owner, request)
+    }
+
+    /// Disarms `request` on every vCPU, or nowhere; works while the guest runs.
+    pub fn clear_breakpoint(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
+        self.coordinator.clear_breakpoint(owner, request)
+    }
+
+    /// Lets the guest go on. `Some` is a stop that was pending: then nothing has run.
+    pub fn resume(&mut self, plan: &ResumePlan) -> Result<Option<Stop>, CoordinatorError> {
+        self.coordinator.resume(plan)
+    }
+
+    /// Looks for a stop, without waiting; the world is parked when there is one.
+    pub fn poll(&mut self) -> Result<Option<Stop>, CoordinatorError> {
+        // Emptied before the look, so that what comes later wakes the poller again.
+        let _ = self.events.read();
+        self.coordinator.poll()
+    }
+
+    /// Stops the world and says for what: a stop that won the race, or
+    /// [`StopReason::Interrupted`] on the first vCPU that ran.
+    pub fn stop(&mut self) -> Result<Stop, CoordinatorError> {
+        if let Some(ending) = self.ended() {
+            return Ok(Stop { vcpu: VcpuId(0), reason: StopReason::Ended(ending.clone()) });
+        }
+        self.coordinator.stop()?;
+        let interrupted = Stop { vcpu: self.coordinator.first_resumed(), reason: StopReason::Interrupted };
+        Ok(self.coordinator.take_stop().unwrap_or(interrupted))
+    }
+
+    /// Drops what `level` armed and what was not told yet, and lets the guest go on.
+    pub fn release(&mut self, level: Level) -> Result<(), CoordinatorError> {
+        self.coordinator.release(level)
+    }
+
+    /// Ends the guest.
+    pub fn kill(&mut self) {
+        self.coordinator.kill();
+    }
+
+    /// All registers of a parked vCPU.
+    pub fn registers(&mut self, vcpu: VcpuId) -> Result<Registers, CoordinatorError> {
+        self.coordinator.registers(vcpu)
+    }
+
+    /// Writes the registers of a parked vCPU; on error nothing has changed.
+    pub fn set_registers(&mut self, vcpu: VcpuId, registers: &Registers) -> Result<(), CoordinatorError> {
+        self.coordinator.set_registers(vcpu, registers)
+    }
+
+    /// What a parked vCPU is doing.
+    pub fn activity(&mut self, vcpu: VcpuId) -> Result<Activity, CoordinatorError> {
+        self.coordinator.activity(vcpu)
+    }
+
+    /// Reads linear memory as `vcpu` sees it; how many bytes could be read.
+    pub fn read_memory(&mut self, vcpu: VcpuId, addr: u64, into: &mut [u8]) -> Result<usize, CoordinatorError> {
+        let paging = Paging::from(&self.registers(vcpu)?);
+        Ok(paging.read(self.ram.mem(), addr, into))
+    }
+
+    /// Writes linear memory as `vcpu` sees it; whether all of it was there. If not, nothing was written.
+    pub fn write_memory(&mut self, vcpu: VcpuId, addr: u64, bytes: &[u8]) -> Result<bool, CoordinatorError> {
+        let paging = Paging::from(&self.registers(vcpu)?);
+        Ok(paging.write(self.ram.mem(), addr, bytes))
+    }
+
+    /// Reads guest-physical memory; how many bytes could be read.
+    pub fn read_physical(&self, addr: u64, into: &mut [u8]) -> usize {
+        paging::read_physical(self.ram.mem(), addr, into)
+    }
+
+    /// Writes guest-physical memory; whether all of it was RAM. If not, nothing was written.
+    pub fn write_physical(&self, addr: u64, bytes: &[u8]) -> bool {
+        paging::write_all_physical(self.ram.mem(), addr, bytes)
+    }
+}

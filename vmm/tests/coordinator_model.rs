@@ -1,0 +1,454 @@
+//! The coordinator and its vCPU threads, model-checked: shuttle chooses the interleavings.
+//!
+//! The vCPUs are models that execute a loop of three instructions and know breakpoints the way
+//! the processor does; some are late, some fail. What must hold in every interleaving is stated
+//! in each test.
+//!
+//! Run with `cargo test -p trapline-vmm --features shuttle --test coordinator_model`.
+#![cfg(feature = "shuttle")]
+
+use std::io;
+
+use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use shuttle::sync::{Arc, Mutex};
+use shuttle::thread;
+use trapline_vmm::coordinator::{Coordinator, CoordinatorError, Kick};
+use trapline_vmm::debug::{
+    Breakpoint, BreakpointError, DebugExit, Dr6, Level, Owner, ResumePlan, RunMode, Stop, StopReason, VcpuId,
+};
+use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, Registers};
+
+/// The loop: LOOP, LOOP + 1 (counts), LOOP + 2, back to LOOP.
+const LOOP: u64 = 0x1000;
+const COUNTS: u64 = LOOP + 1;
+/// Schedules that each property is tried on.
+const SCHEDULES: usize = 400;
+
+/// What the test can see of a model vCPU from outside.
+#[derive(Default)]
+struct Probe {
+    /// Executions of the instruction at [`COUNTS`].
+    count: AtomicU64,
+    /// Executions of any instruction.
+    executed: AtomicU64,
+    kicked: AtomicBool,
+    /// The next so many calls of `arm` fail.
+    fail: AtomicU64,
+    /// Turns that each call of `arm` takes.
+    late: AtomicU64,
+    arming: Mutex<Option<Arming>>,
+}
+
+struct ModelCpu {
+    pc: u64,
+    probe: Arc<Probe>,
+}
+
+impl ModelCpu {
+    /// One instruction. Before it, the execution breakpoints; after it, the step.
+    fn execute(&mut self) -> Option<Exit> {
+        let arming = self.probe.arming.lock().unwrap().unwrap_or(Arming::OFF);
+        let hit = (0..4).find(|&n| arming.dr7.is_enabled(n) && arming.addresses[n] == self.pc);
+        if let Some(n) = hit {
+            return Some(Exit::Debug(DebugExit { exception: 1, pc: self.pc, dr6: Dr6::RESET | 1 << n }));
+        }
+        if self.pc == COUNTS {
+            self.probe.count.fetch_add(1, Ordering::SeqCst);
+        }
+        self.probe.executed.fetch_add(1, Ordering::SeqCst);
+        self.pc = if self.pc == LOOP + 2 { LOOP } else { self.pc + 1 };
+        arming.step.then_some(Exit::Debug(DebugExit { exception: 1, pc: self.pc, dr6: Dr6::RESET | Dr6::BS }))
+    }
+}
+
+impl Cpu for ModelCpu {
+    fn clear_kick(&mut self) {
+        self.probe.kicked.store(false, Ordering::SeqCst);
+    }
+
+    fn run(&mut self) -> Exit {
+        // As KVM_RUN does: the kick is looked at first, and guest code runs until something is.
+        for _ in 0..4 {
+            if self.probe.kicked.load(Ordering::SeqCst) {
+                return Exit::Kicked;
+            }
+            if let Some(exit) = self.execute() {
+                return exit;
+            }
+            thread::yield_now();
+        }
+        Exit::Again
+    }
+
+    fn complete(&mut self) -> Exit {
+        Exit::Kicked
+    }
+
+    fn arm(&mut self, arming: &Arming) -> io::Result<()> {
+        for _ in 0..self.probe.late.load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+        let failures = self.probe.fail.load(Ordering::SeqCst);
+        if failures > 0 {
+            self.probe.fail.store(failures - 1, Ordering::SeqCst);
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        *self.probe.arming.lock().unwrap() = Some(*arming);
+        Ok(())
+    }
+
+    fn pc(&mut self) -> io::Result<u64> {
+        Ok(self.pc)
+    }
+
+    fn registers(&mut self) -> io::Result<Registers> {
+        Ok(Registers { rip: self.pc, ..Registers::default() })
+    }
+
+    fn set_registers(&mut self, registers: &Registers) -> io::Result<()> {
+        self.pc = registers.rip;
+        Ok(())
+    }
+
+    fn activity(&mut self) -> io::Result<Activity> {
+        Ok(Activity::Runnable)
+    }
+
+    fn halt(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn read(&mut self, _: u64, _: &mut [u8]) -> usize {
+        0
+    }
+
+    fn write(&mut self, _: u64, _: &[u8]) -> bool {
+        false
+    }
+
+    fn reflect_db(&mut self, causes: u64) -> io::Result<()> {
+        panic!("the guest was given a #DB that is not its own: {causes:#x}");
+    }
+
+    fn reflect_bp(&mut self) -> io::Result<()> {
+        panic!("the guest was given a #BP that is not its own");
+    }
+
+    fn guest_debug_state(&mut self) -> io::Result<(bool, u64)> {
+        Ok((false, 0x400))
+    }
+}
+
+struct World {
+    coordinator: Coordinator,
+    probes: Vec<Arc<Probe>>,
+}
+
+impl World {
+    fn new(vcpus: usize) -> Self {
+        let probes: Vec<Arc<Probe>> = (0..vcpus).map(|_| Arc::default()).collect();
+        let cpus = probes
+            .iter()
+            .map(|probe| {
+                let kicked = probe.clone();
+                let kick: Kick = Box::new(move |_| kicked.kicked.store(true, Ordering::SeqCst));
+                (ModelCpu { pc: LOOP, probe: probe.clone() }, kick)
+            })
+            .collect();
+        let coordinator = Coordinator::new(cpus, || ()).expect("threads");
+        World { coordinator, probes }
+    }
+
+    fn go(&mut self) -> Option<Stop> {
+        let plan = ResumePlan::all(self.probes.len(), RunMode::Continue);
+        self.coordinator.resume(&plan).expect("resume")
+    }
+
+    /// Waits for a stop, giving the others their turns.
+    fn wait(&mut self) -> Stop {
+        for _ in 0..100_000 {
+            if let Some(stop) = self.coordinator.poll().expect("poll") {
+                return stop;
+            }
+            thread::yield_now();
+        }
+        panic!("no stop came");
+    }
+
+    fn counts(&self) -> Vec<u64> {
+        self.probes.iter().map(|probe| probe.count.load(Ordering::SeqCst)).collect()
+    }
+
+    fn executed(&self) -> u64 {
+        self.probes.iter().map(|probe| probe.executed.load(Ordering::SeqCst)).sum()
+    }
+
+    /// What each vCPU was last armed with: addresses, DR7, and whether it steps.
+    fn armed(&self) -> Vec<Arming> {
+        self.probes.iter().map(|probe| probe.arming.lock().unwrap().unwrap_or(Arming::OFF)).collect()
+    }
+}
+
+fn check(property: impl Fn() + Send + Sync + 'static) {
+    shuttle::check_random(property, SCHEDULES);
+}
+
+#[test]
+fn l13_every_crossing_of_every_vcpu_is_told_exactly_once() {
+    check(|| {
+        let mut world = World::new(3);
+        world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS)).unwrap();
+        let mut hits = [0u64; 3];
+        for _ in 0..12 {
+            let stop = match world.go() {
+                Some(pending) => pending,
+                None => world.wait(),
+            };
+            assert_eq!(stop.reason, StopReason::Breakpoint(Breakpoint::exec(COUNTS)));
+            hits[stop.vcpu.index()] += 1;
+            for (n, count) in world.counts().into_iter().enumerate() {
+                // A vCPU that was told about stands on its breakpoint: that crossing comes next.
+                let crossings = hits[n];
+                assert!(count == crossings || count + 1 == crossings, "vCPU {n}: {count} of {crossings}");
+            }
+        }
+    });
+}
+
+#[test]
+fn l14_pending_stops_are_told_without_running_the_guest() {
+    check(|| {
+        let mut world = World::new(3);
+        world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS)).unwrap();
+        assert_eq!(world.go(), None);
+        let first = world.wait();
+        let before = world.executed();
+        let mut told = vec![first.vcpu];
+        while let Some(next) = world.coordinator.take_stop() {
+            assert!(!told.contains(&next.vcpu), "{} told twice", next.vcpu);
+            told.push(next.vcpu);
+        }
+        assert_eq!(world.executed(), before);
+    });
+}
+
+#[test]
+fn l10_after_the_ok_of_a_removal_nothing_is_told_of_it() {
+    check(|| {
+        let mut world = World::new(2);
+        world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS)).unwrap();
+        assert_eq!(world.go(), None);
+        world.wait();
+        world.coordinator.clear_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS)).unwrap();
+        let before = world.counts();
+        assert_eq!(world.go(), None, "a hit on what is gone was told");
+        while world.counts().iter().zip(&before).any(|(now, then)| now < &(then + 2)) {
+            assert_eq!(world.coordinator.poll().unwrap(), None);
+            thread::yield_now();
+        }
+    });
+}
+
+#[test]
+fn l11_a_hit_that_was_dropped_fires_again_if_the_breakpoint_comes_back() {
+    check(|| {
+        let mut world = World::new(2);
+        let request = Breakpoint::exec(COUNTS);
+        world.coordinator.set_breakpoint(Owner::GDB, request).unwrap();
+        assert_eq!(world.go(), None);
+        let told = world.wait().vcpu.index();
+        let other = 1 - told;
+        // The other vCPU may stand on it with a hit that nobody heard of. Let it run for no, or
+        // for a short, time without the breakpoint.
+        world.coordinator.clear_breakpoint(Owner::GDB, request).unwrap();
+        assert_eq!(world.go(), None);
+        world.coordinator.stop().unwrap();
+        world.coordinator.set_breakpoint(Owner::GDB, request).unwrap();
+        let before = world.counts()[other];
+        // From here on each of its crossings is told before it happens.
+        let only_other = ResumePlan::all(2, RunMode::Parked).with(VcpuId(other as u32), RunMode::Continue);
+        for n in 0..2 {
+            let stop = match world.coordinator.resume(&only_other).unwrap() {
+                Some(pending) => pending,
+                None => world.wait(),
+            };
+            assert_eq!(stop.vcpu.index(), other);
+            assert_eq!(world.counts()[other], before + n, "a crossing was not told");
+        }
+    });
+}
+
+#[test]
+fn l9_breakpoints_change_while_the_guest_runs() {
+    check(|| {
+        let mut world = World::new(2);
+        assert_eq!(world.go(), None);
+        let mut told = 0;
+        for round in 0..6 {
+            world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS)).unwrap();
+            if round % 2 == 0 {
+                // Removed at once, with hits on the way: they may be told until then, never after.
+                world.coordinator.clear_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS)).unwrap();
+                assert_eq!(world.coordinator.poll().unwrap(), None);
+                assert!(world.coordinator.is_running());
+            } else {
+                let stop = world.wait();
+                told += 1;
+                assert_eq!(stop.reason, StopReason::Breakpoint(Breakpoint::exec(COUNTS)));
+                world.coordinator.clear_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS)).unwrap();
+                assert_eq!(world.go(), None);
+            }
+        }
+        assert_eq!(told, 3);
+        // Every vCPU runs on: none was left parked with a hit that nobody wanted.
+        let before = world.counts();
+        while world.counts().iter().zip(&before).any(|(now, then)| now < &(then + 2)) {
+            assert_eq!(world.coordinator.poll().unwrap(), None);
+            thread::yield_now();
+        }
+    });
+}
+
+#[test]
+fn l12_one_failing_vcpu_leaves_every_vcpu_with_the_old_set() {
+    check(|| {
+        let mut world = World::new(3);
+        let old = Breakpoint::exec(LOOP + 2);
+        world.coordinator.set_breakpoint(Owner::GDB, old).unwrap();
+        let before = world.armed();
+        world.probes[1].fail.store(1, Ordering::SeqCst);
+        let refused = world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS)).unwrap_err();
+        let BreakpointError::Apply(why) = refused else { panic!("{refused}") };
+        assert!(why.contains("vCPU 1"), "{why}");
+        assert_eq!(world.armed(), before, "bit-identical");
+        assert_eq!(world.coordinator.breakpoints(), [(Owner::GDB, old)]);
+        // And the old one still works, on a vCPU that was switched and switched back.
+        assert_eq!(world.go(), None);
+        assert_eq!(world.wait().reason, StopReason::Breakpoint(old));
+        assert_eq!(world.counts().iter().filter(|&&count| count > 1).count(), 0, "the undone one stopped nothing");
+    });
+}
+
+#[test]
+fn l18_a_vcpu_that_is_too_late_is_named_and_ends_up_with_the_old_set() {
+    check(|| {
+        let mut world = World::new(2);
+        let old = Breakpoint::exec(LOOP + 2);
+        world.coordinator.set_breakpoint(Owner::GDB, old).unwrap();
+        let before = world.armed();
+        // Longer than the deadline has turns.
+        world.probes[1].late.store(5_000, Ordering::SeqCst);
+        let refused = world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS)).unwrap_err();
+        assert!(refused.to_string().contains("vCPU 1 did not answer"), "{refused}");
+        world.probes[1].late.store(0, Ordering::SeqCst);
+        // Its late answers arrive among those to newer questions and change none of them.
+        assert_eq!(world.coordinator.registers(VcpuId(0)).unwrap().rip, LOOP);
+        loop {
+            match world.coordinator.registers(VcpuId(1)) {
+                Ok(registers) => break assert_eq!(registers.rip, LOOP),
+                Err(CoordinatorError::NoAnswer { .. }) => {}
+                Err(other) => panic!("{other}"),
+            }
+        }
+        assert_eq!(world.armed(), before);
+        assert_eq!(world.go(), None);
+        assert_eq!(world.wait().reason, StopReason::Breakpoint(old));
+    });
+}
+
+#[test]
+fn l18_a_stop_that_one_vcpu_misses_lets_the_others_go_on() {
+    check(|| {
+        let mut world = World::new(2);
+        world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(0xdead)).unwrap();
+        assert_eq!(world.go(), None);
+        // Parking arms again only after a step, so the delay is put where a park passes through.
+        world.probes[1].late.store(5_000, Ordering::SeqCst);
+        let refused = world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(0xbeef)).unwrap_err();
+        assert!(refused.to_string().contains("vCPU 1"), "{refused}");
+        let stopped = world.coordinator.stop();
+        world.probes[1].late.store(0, Ordering::SeqCst);
+        match stopped {
+            Ok(()) => assert!(!world.coordinator.is_running()),
+            Err(CoordinatorError::NoAnswer { vcpu }) => {
+                assert_eq!(vcpu, VcpuId(1));
+                let before = world.counts();
+                while world.counts().iter().zip(&before).any(|(now, then)| now < &(then + 2)) {
+                    thread::yield_now();
+                }
+            }
+            Err(other) => panic!("{other}"),
+        }
+    });
+}
+
+#[test]
+fn c8_a_step_that_another_vcpu_interrupts_leaves_nothing_behind() {
+    check(|| {
+        let mut world = World::new(2);
+        world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS)).unwrap();
+        // vCont;s:1;c:2, and either may stop first.
+        let plan = ResumePlan::all(2, RunMode::Continue).with(VcpuId(0), RunMode::Step);
+        let stop = match world.coordinator.resume(&plan).unwrap() {
+            Some(stop) => stop,
+            None => world.wait(),
+        };
+        assert!(world.armed().iter().all(|arming| !arming.step), "a step was left armed");
+        // Whatever is told from here on is a breakpoint: the step is over or cancelled.
+        for _ in 0..4 {
+            let next = match world.go() {
+                Some(pending) => pending,
+                None => world.wait(),
+            };
+            assert_eq!(next.reason, StopReason::Breakpoint(Breakpoint::exec(COUNTS)), "after {stop:?}");
+        }
+    });
+}
+
+#[test]
+fn c8_parked_vcpus_do_not_run_under_scheduler_locking() {
+    check(|| {
+        let mut world = World::new(2);
+        let plan = ResumePlan::all(2, RunMode::Parked).with(VcpuId(1), RunMode::Step);
+        for n in 1..5 {
+            assert_eq!(world.coordinator.resume(&plan).unwrap(), None);
+            assert_eq!(world.wait(), Stop { vcpu: VcpuId(1), reason: StopReason::Step });
+            assert_eq!(world.probes[0].executed.load(Ordering::SeqCst), 0);
+            assert_eq!(world.probes[1].executed.load(Ordering::SeqCst), n);
+        }
+    });
+}
+
+#[test]
+fn l71_release_leaves_nothing_armed_and_everything_running() {
+    check(|| {
+        let mut world = World::new(3);
+        world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS)).unwrap();
+        assert_eq!(world.go(), None);
+        world.wait();
+        world.coordinator.release(Level::Gdb).unwrap();
+        let before = world.counts();
+        while world.counts().iter().zip(&before).any(|(now, then)| now < &(then + 2)) {
+            assert_eq!(world.coordinator.poll().unwrap(), None);
+            thread::yield_now();
+        }
+        assert!(world.armed().iter().all(|arming| *arming == Arming::OFF));
+        assert!(world.coordinator.breakpoints().is_empty());
+    });
+}
+
+#[test]
+fn c2_no_kick_is_lost() {
+    check(|| {
+        let mut world = World::new(2);
+        for _ in 0..5 {
+            assert_eq!(world.go(), None);
+            world.coordinator.stop().unwrap();
+            let before = world.executed();
+            for _ in 0..10 {
+                thread::yield_now();
+            }
+            assert_eq!(world.executed(), before, "guest code ran in a stopped world");
+        }
+    });
+}
