@@ -2,34 +2,34 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use trapline_gdbstub_glue::{Server, Target};
 use trapline_vmm::boot::{ApStart, BootRequest, Image};
 use trapline_vmm::debug::VcpuId;
 use trapline_vmm::devices::Console;
 use trapline_vmm::{Vm, VmConfig};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// A bound against hanging.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Asked before each vCPU is armed.
-pub type ArmHook = Arc<dyn Fn(VcpuId) -> io::Result<()> + Send + Sync>;
+pub(crate) type ArmHook = Arc<dyn Fn(VcpuId) -> io::Result<()> + Send + Sync>;
 
 /// The built-in guest under a stub on a thread of its own.
-pub struct Stub {
-    pub address: SocketAddr,
+pub(crate) struct Stub {
+    pub(crate) address: SocketAddr,
     stop: Arc<AtomicBool>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Stub {
-    pub fn start(cpus: u32, arm_hook: Option<ArmHook>) -> Self {
+    pub(crate) fn start(cpus: u32, arm_hook: Option<ArmHook>) -> Self {
         let boot = BootRequest {
             kernel: Image::Bytes(trapline_guests::demo()),
             name: "demo",
@@ -72,21 +72,22 @@ impl Drop for Stub {
 
 /// One turn of an event loop.
 fn turn(server: &mut Server<Vm>, vm: &mut Target<Vm>) {
-    let mut watched = vec![(vm.events().as_raw_fd(), PollFlags::IN)];
+    // A new epoll each time: the descriptors come and go, and nothing here is about speed.
+    let epoll = Epoll::new().expect("an epoll");
+    let watch = |fd: RawFd, events| {
+        let event = EpollEvent::new(events, fd as u64);
+        epoll.ctl(ControlOperation::Add, fd, event).expect("an open descriptor");
+    };
+    watch(vm.events().as_raw_fd(), EventSet::IN);
     for interest in server.interests() {
-        let mut flags = PollFlags::empty();
-        flags.set(PollFlags::IN, interest.readable);
-        flags.set(PollFlags::OUT, interest.writable);
-        watched.push((interest.fd, flags));
+        let mut events = EventSet::empty();
+        events.set(EventSet::IN, interest.readable);
+        events.set(EventSet::OUT, interest.writable);
+        watch(interest.fd, events);
     }
-    let mut fds: Vec<PollFd<'_>> = watched
-        .iter()
-        // SAFETY: the descriptors stay open until the server is called, which is after the poll.
-        .map(|&(fd, flags)| PollFd::from_borrowed_fd(unsafe { BorrowedFd::borrow_raw(fd) }, flags))
-        .collect();
-    let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 20_000_000 }));
-    let ready: Vec<i32> =
-        watched.iter().zip(&fds).filter(|(_, fd)| !fd.revents().is_empty()).map(|(&(fd, _), _)| fd).collect();
+    let mut ready = [EpollEvent::default(); 8];
+    let count = epoll.wait(20, &mut ready).unwrap_or(0);
+    let ready: Vec<RawFd> = ready[..count].iter().map(EpollEvent::fd).collect();
     for fd in ready {
         if fd == vm.events().as_raw_fd() {
             if let Some(stop) = vm.poll().expect("poll") {
@@ -103,14 +104,14 @@ fn turn(server: &mut Server<Vm>, vm: &mut Target<Vm>) {
 }
 
 /// A client that speaks packets.
-pub struct Client {
+pub(crate) struct Client {
     stream: TcpStream,
     buffer: Vec<u8>,
 }
 
 impl Client {
     /// Connects and attaches, as gdb begins.
-    pub fn attach(stub: &Stub) -> Self {
+    pub(crate) fn attach(stub: &Stub) -> Self {
         let mut client = Self::connect(stub);
         let supported = client.ask("qSupported:multiprocess+;swbreak+;hwbreak+;vContSupported+");
         assert!(supported.contains("PacketSize"), "{supported}");
@@ -121,7 +122,7 @@ impl Client {
     }
 
     /// Connects and says nothing.
-    pub fn connect(stub: &Stub) -> Self {
+    pub(crate) fn connect(stub: &Stub) -> Self {
         let stream = TcpStream::connect(stub.address).expect("connect");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         stream.set_nodelay(true).expect("no delay");
@@ -129,18 +130,18 @@ impl Client {
     }
 
     /// Sends bytes as they are.
-    pub fn raw(&mut self, bytes: &[u8]) {
+    pub(crate) fn raw(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).expect("write");
     }
 
     /// Sends a packet.
-    pub fn send(&mut self, packet: &str) {
+    pub(crate) fn send(&mut self, packet: &str) {
         let sum = packet.bytes().fold(0u8, u8::wrapping_add);
         self.raw(format!("${packet}#{sum:02x}").as_bytes());
     }
 
     /// The next packet, without frame, acknowledgements and console output.
-    pub fn receive(&mut self) -> String {
+    pub(crate) fn receive(&mut self) -> String {
         loop {
             if let Some(start) = self.buffer.iter().position(|&b| b == b'$')
                 && let Some(end) = self.buffer[start..].iter().position(|&b| b == b'#')
@@ -162,13 +163,13 @@ impl Client {
     }
 
     /// A packet and its answer.
-    pub fn ask(&mut self, packet: &str) -> String {
+    pub(crate) fn ask(&mut self, packet: &str) -> String {
         self.send(packet);
         self.receive()
     }
 
     /// Reads memory, as gdb does.
-    pub fn read_u64(&mut self, addr: u64) -> u64 {
+    pub(crate) fn read_u64(&mut self, addr: u64) -> u64 {
         let hex = self.ask(&format!("m{addr:x},8"));
         assert_eq!(hex.len(), 16, "m{addr:x},8: {hex}");
         let bytes: Vec<u8> = (0..8).map(|n| u8::from_str_radix(&hex[2 * n..2 * n + 2], 16).expect("hex")).collect();
@@ -176,7 +177,7 @@ impl Client {
     }
 
     /// The vCPU (from 0) that a stop reply is about.
-    pub fn thread_of(stop: &str) -> u32 {
+    pub(crate) fn thread_of(stop: &str) -> u32 {
         let at = stop.find("thread:").expect("a thread in the stop reply") + "thread:".len();
         let id = stop[at..].split(';').next().expect("an id");
         let number = id.rsplit('.').next().expect("a number");
@@ -201,7 +202,7 @@ fn unpack(packet: &str) -> String {
 }
 
 /// Waits until the condition holds.
-pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !condition() {
         assert!(begun.elapsed() < PATIENCE, "{what}: not in time");
@@ -210,6 +211,6 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// The address of something in the built-in guest.
-pub fn symbol(name: &str) -> u64 {
+pub(crate) fn symbol(name: &str) -> u64 {
     trapline_guests::symbol(trapline_guests::demo(), name).unwrap_or_else(|| panic!("no symbol {name}"))
 }
