@@ -798,6 +798,8 @@ fn a_second_debugger_is_refused_in_words() {
     let mut talk = Conversation::attached();
     let mut second = talk.another();
     talk.settle();
+    std::io::Write::write_all(&mut second, &frame(b"qSupported")).unwrap();
+    talk.settle();
     let mut said = String::new();
     second.read_to_string(&mut said).unwrap();
     assert_eq!(said, "+$E.trapline.another debugger is attached; detach it first#b9");
