@@ -74,7 +74,7 @@ struct VcpuHandle {
     inbox: mpsc::Sender<Command>,
     thread: Option<thread::JoinHandle<()>>,
     kick: Kick,
-    /// The mode it was last resumed in: what "as before" means for a stop that fails.
+    /// The mode it was last resumed in.
     mode: RunMode,
 }
 
@@ -232,10 +232,10 @@ impl Coordinator {
             }
             Err(error) => {
                 for n in 0..self.vcpus.len() {
-                    // Queued behind the Park that was missed, so that it undoes it.
-                    let mode = self.vcpus[n].mode;
+                    // Queued behind the Park that was missed, so that it undoes it. A vCPU that
+                    // has parked itself stays: its stop is still to be told, and there.
                     let seq = self.next_seq();
-                    self.send(n, seq, Request::Resume(mode));
+                    self.send(n, seq, Request::Unpark);
                 }
                 Err(error)
             }

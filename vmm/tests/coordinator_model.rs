@@ -463,6 +463,40 @@ fn l18_a_stop_that_one_vcpu_misses_lets_the_others_go_on() {
 }
 
 #[test]
+fn l18_a_vcpu_that_stopped_by_itself_stays_there_when_the_stop_of_the_world_fails() {
+    const WATCHED: u64 = 0x8000;
+    check(|| {
+        let mut world = World::new(2);
+        // vCPU 0 stops by itself. vCPU 1 steps on and on, and so arms when it parks: too late.
+        world.probes[0].stores_to.store(WATCHED, Ordering::SeqCst);
+        let watch = Breakpoint::watch(WATCHED, 1, Trigger::Write);
+        world.coordinator.set_breakpoint(Owner::GDB, watch).unwrap();
+        let range = RunMode::StepRange { start: LOOP, end: LOOP + 3 };
+        let plan = ResumePlan::all(2, RunMode::Continue).with(VcpuId(1), range);
+        assert_eq!(world.coordinator.resume(&plan).unwrap(), None);
+        world.probes[1].late.store(5_000, Ordering::SeqCst);
+        let refused = loop {
+            match world.coordinator.poll() {
+                Ok(None) => thread::yield_now(),
+                Ok(Some(stop)) => panic!("{stop:?}"),
+                Err(refused) => break refused,
+            }
+        };
+        assert_eq!(refused, CoordinatorError::NoAnswer { vcpu: VcpuId(1) });
+        for _ in 0..20 {
+            thread::yield_now();
+        }
+        assert_eq!(world.counts()[0], 1, "it ran on with a stop that was not told");
+        world.probes[1].late.store(0, Ordering::SeqCst);
+        while world.coordinator.stop().is_err() {}
+        let told = world.coordinator.take_stop();
+        assert_eq!(told, Some(Stop { vcpu: VcpuId(0), reason: StopReason::Watchpoint { request: watch, addr: WATCHED } }));
+        assert_eq!(world.counts()[0], 1);
+        assert_eq!(world.coordinator.take_stop(), None);
+    });
+}
+
+#[test]
 fn c8_a_step_that_another_vcpu_interrupts_leaves_nothing_behind() {
     check(|| {
         let mut world = World::new(2);
