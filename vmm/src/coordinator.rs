@@ -362,16 +362,23 @@ impl Coordinator {
             // and whoever owns the run lets it go on.
             tracing::warn!(%error, "breakpoints that nobody owns any more could not be removed");
         }
+        let mut panics = Vec::new();
         while let Some(stop) = self.pending.pop_front() {
             self.untell(stop.vcpu);
             // What the guest itself did cannot be dropped.
             if let Some(ending) = ending_of(&stop.reason) {
                 self.ending = Some(ending);
+            } else if stop.reason == StopReason::GuestPanic {
+                panics.push(stop);
             }
         }
         let vcpus = self.vcpus.len();
         if self.ended().is_none() {
             self.resume(&ResumePlan::all(vcpus, RunMode::Continue))?;
+        }
+        // The guest can go on after this one, but whoever owns the run has yet to hear of it.
+        if self.world == World::Running {
+            self.pending.extend(panics);
         }
         Ok(())
     }

@@ -38,6 +38,8 @@ struct Probe {
     /// Turns that each call of `arm` takes.
     late: AtomicU64,
     arming: Mutex<Option<Arming>>,
+    /// The next instruction at COUNTS tells pvpanic, once.
+    panics: AtomicBool,
     /// The instruction at COUNTS also stores here: a watchpoint on it triggers.
     stores_to: AtomicU64,
 }
@@ -58,6 +60,10 @@ impl ModelCpu {
         let mut causes = 0;
         if self.pc == COUNTS {
             self.probe.count.fetch_add(1, Ordering::SeqCst);
+            if self.probe.panics.swap(false, Ordering::SeqCst) {
+                self.pc += 1;
+                return Some(Exit::Served(Some(StopReason::GuestPanic)));
+            }
             let stored = self.probe.stores_to.load(Ordering::SeqCst);
             let watch = (0..4).find(|&n| stored != 0 && arming.dr7.is_enabled(n) && arming.addresses[n] == stored);
             causes = watch.map_or(0, |n| 1 << n);
@@ -579,6 +585,22 @@ fn l71_release_leaves_nothing_armed_and_everything_running() {
         }
         assert!(world.armed().iter().all(|arming| *arming == Arming::OFF));
         assert!(world.coordinator.breakpoints().is_empty());
+    });
+}
+
+#[test]
+fn l71_release_does_not_drop_what_the_guest_itself_says() {
+    check(|| {
+        let mut world = World::new(2);
+        world.probes[0].panics.store(true, Ordering::SeqCst);
+        world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS + 1)).unwrap();
+        assert_eq!(world.go(), None);
+        let panicked = Stop { vcpu: VcpuId(0), reason: StopReason::GuestPanic };
+        // Told before the debugger goes, or else after.
+        if world.wait() != panicked {
+            world.coordinator.release(Level::Gdb).unwrap();
+            assert_eq!(world.wait(), panicked);
+        }
     });
 }
 
