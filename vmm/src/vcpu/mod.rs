@@ -6,7 +6,7 @@
 
 mod cpu;
 #[cfg_attr(feature = "shuttle", allow(dead_code))]
-pub(crate) mod kick;
+pub mod kick;
 mod kvm;
 pub(crate) mod protocol;
 mod registers;
