@@ -49,6 +49,11 @@ impl ConsoleInput {
         !self.ended && self.serial.lock().input_room() > 0
     }
 
+    /// Whether stdin has nothing more to give.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended
+    }
+
     /// Takes what stdin has now, as far as the guest has room for it.
     pub(crate) fn pump(&mut self) -> Asked {
         let room = self.serial.lock().input_room().min(CHUNK);

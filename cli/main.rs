@@ -3,6 +3,7 @@
 mod args;
 mod console;
 mod run;
+mod stub;
 mod terminal;
 
 use std::fs;
@@ -25,9 +26,12 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version are no errors, and go to stdout.
-            let code = if error.use_stderr() { EX_USAGE } else { 0 };
-            let _ = error.print();
-            return ExitCode::from(code);
+            if !error.use_stderr() {
+                let _ = error.print();
+                return ExitCode::SUCCESS;
+            }
+            eprintln!("trapline: {}; see --help", one_line(&error.to_string()));
+            return ExitCode::from(EX_USAGE);
         }
     };
     tracing_subscriber::fmt()
@@ -40,8 +44,23 @@ fn main() -> ExitCode {
         Command::DemoGuest { output } => write_demo(output).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("trapline: {error:#}");
+        eprintln!("trapline: {}", chain(&error));
         ExitCode::from(severity(&error))
+    })
+}
+
+/// What clap says over several lines, without the usage that --help gives.
+fn one_line(text: &str) -> String {
+    let is_advice = |line: &&str| !line.starts_with("Usage:") && !line.starts_with("For more information");
+    let lines: Vec<&str> = text.lines().take_while(is_advice).map(str::trim).filter(|line| !line.is_empty()).collect();
+    lines.join(" ").trim_start_matches("error: ").to_owned()
+}
+
+/// The error and its causes in one line, without those that it has said already.
+fn chain(error: &anyhow::Error) -> String {
+    error.chain().skip(1).fold(error.to_string(), |line, cause| {
+        let cause = cause.to_string();
+        if line.contains(&cause) { line } else { format!("{line}: {cause}") }
     })
 }
 

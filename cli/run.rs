@@ -15,9 +15,10 @@ use anyhow::{Context, anyhow};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tempfile::NamedTempFile;
+use trapline_gdbstub_glue::Target;
 use trapline_harness::Verdict;
 use trapline_vmm::boot::{BootRequest, Image};
-use trapline_vmm::debug::{ResumePlan, RunMode, Stop};
+use trapline_vmm::debug::{Ending, ResumePlan, RunMode, Stop, StopReason, VcpuId};
 use trapline_vmm::devices::Console;
 use trapline_vmm::{Vm, VmConfig};
 use vmm_sys_util::eventfd::EventFd;
@@ -25,6 +26,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::args::{ConsoleTarget, RunArgs};
 use crate::console::{Asked, ConsoleInput};
+use crate::stub::Stub;
 use crate::terminal::RawTerminal;
 
 /// How the loop ended.
@@ -38,7 +40,8 @@ enum Outcome {
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let vm = boot(args)?;
     let symbols = Symbols::of(args)?;
-    let mut session = Session::new(vm, args)?;
+    let stub = args.gdb.as_ref().map(|address| Stub::listen(address, args.gdb_expose)).transpose()?;
+    let mut session = Session::new(vm, stub, args)?;
     let terminal = match args.console {
         ConsoleTarget::Stdio => RawTerminal::take().context("cannot use the terminal")?,
         _ => None,
@@ -46,7 +49,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     if matches!(args.console, ConsoleTarget::Stdio) {
         session.console = Some(ConsoleInput::new(session.vm.serial().clone(), terminal.is_some()));
     }
-    session.announce(args, &symbols, terminal.is_some());
+    session.announce(args, &symbols, terminal.is_some())?;
     let outcome = session.run(args);
     // The terminal is the user's again before anything is said.
     drop(terminal);
@@ -137,37 +140,57 @@ fn is_elf(path: &Path) -> bool {
 
 /// Everything that the loop looks after.
 struct Session {
-    vm: Vm,
+    vm: Target<Vm>,
+    stub: Option<Stub>,
     console: Option<ConsoleInput>,
     /// Says that the guest has room for console input again.
     room: EventFd,
     timer: TimerFd,
     timeout: Option<Duration>,
-    signals: UnixStream,
-    /// What went wrong or came to its end inside of an event handler.
+    signals: [(i32, UnixStream); 3],
+    /// What the loop has come to, or what went wrong inside of an event handler.
     outcome: Option<anyhow::Result<Outcome>>,
 }
 
 impl Session {
-    fn new(vm: Vm, args: &RunArgs) -> anyhow::Result<Self> {
-        let (signals, sender) = UnixStream::pair()?;
-        signals.set_nonblocking(true)?;
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
-            signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
-        }
+    fn new(vm: Vm, stub: Option<Stub>, args: &RunArgs) -> anyhow::Result<Self> {
+        let listen = |signal: i32| -> io::Result<(i32, UnixStream)> {
+            let (receiver, sender) = UnixStream::pair()?;
+            receiver.set_nonblocking(true)?;
+            signal_hook::low_level::pipe::register(signal, sender)?;
+            Ok((signal, receiver))
+        };
+        let signals = [listen(SIGINT)?, listen(SIGTERM)?, listen(SIGHUP)?];
         let room = vm.serial().lock().room_event()?;
         let mut timer = TimerFd::new().map_err(io::Error::from)?;
         if let Some(time) = args.timeout {
             timer.reset(time, None).map_err(io::Error::from)?;
         }
-        Ok(Self { vm, console: None, room, timer, timeout: args.timeout, signals, outcome: None })
+        Ok(Self {
+            vm: Target::new(vm),
+            stub,
+            console: None,
+            room,
+            timer,
+            timeout: args.timeout,
+            signals,
+            outcome: None,
+        })
     }
 
     /// Says what a user needs to know to go on, on stderr.
-    fn announce(&self, _args: &RunArgs, _symbols: &Symbols, is_terminal: bool) {
+    fn announce(&self, args: &RunArgs, symbols: &Symbols, is_terminal: bool) -> anyhow::Result<()> {
+        if let Some(stub) = &self.stub {
+            let command = stub.listening().to_string().replacen("gdb", &format!("gdb {}", symbols.path), 1);
+            eprintln!("trapline: {command}");
+            if args.wait {
+                eprintln!("trapline: the guest stands at its first instruction until gdb continues it");
+            }
+        }
         if is_terminal {
             eprintln!("trapline: the terminal is the guest's console; Ctrl-A x ends the run");
         }
+        Ok(())
     }
 
     fn run(mut self, args: &RunArgs) -> anyhow::Result<Outcome> {
@@ -178,11 +201,14 @@ impl Session {
         let mut manager = EventManager::<Session>::new().map_err(error)?;
         let id = manager.add_subscriber(self);
         loop {
-            manager.run().map_err(error)?;
             let session = manager.subscriber_mut(id).map_err(error)?;
             if let Some(outcome) = session.outcome.take() {
+                if let Some(stub) = &mut session.stub {
+                    stub.say_goodbye(&mut session.vm);
+                }
                 return outcome;
             }
+            manager.run().map_err(error)?;
         }
     }
 
@@ -194,12 +220,35 @@ impl Session {
         Ok(())
     }
 
-    /// A stop, with the world parked: somebody's to look at, or else the verdict.
+    /// A stop, with the world parked: the debugger's to look at, or else the verdict.
     fn stopped(&mut self, stop: Stop) -> anyhow::Result<()> {
+        if let Some(stub) = self.stub.as_mut().filter(|stub| stub.is_attached()) {
+            stub.stopped(stop, &mut self.vm)?;
+            self.look_for_the_end();
+            return Ok(());
+        }
         match Verdict::of_stop(&stop.reason) {
             Some(verdict) => self.outcome = Some(Ok(Outcome::Verdict(verdict))),
             None => self.go()?,
         }
+        Ok(())
+    }
+
+    /// After every call of the stub: a debugger may have ended the run, or been told of its end.
+    fn look_for_the_end(&mut self) {
+        if let Some(ending) = self.vm.ended() {
+            self.outcome = Some(Ok(Outcome::Verdict(Verdict::from(ending))));
+        }
+    }
+
+    /// Ends the run from outside.
+    fn end(&mut self, outcome: Outcome) -> anyhow::Result<()> {
+        self.vm.kill();
+        if let Some(stub) = &mut self.stub {
+            let stop = Stop { vcpu: VcpuId(0), reason: StopReason::Ended(Ending::Killed) };
+            stub.stopped(stop, &mut self.vm)?;
+        }
+        self.outcome = Some(Ok(outcome));
         Ok(())
     }
 
@@ -209,18 +258,19 @@ impl Session {
             if let Some(stop) = self.vm.poll()? {
                 self.stopped(stop)?;
             }
-        } else if fd == self.signals.as_raw_fd() {
-            let mut bytes = [0; 16];
-            let _ = self.signals.read(&mut bytes);
-            self.outcome = Some(Ok(Outcome::Interrupted(SIGINT)));
+        } else if let Some((signal, _)) = self.signals.iter().find(|(_, stream)| stream.as_raw_fd() == fd) {
+            self.end(Outcome::Interrupted(*signal))?;
         } else if fd == self.timer.as_raw_fd() {
             let time = self.timeout.unwrap_or_default();
-            self.outcome = Some(Ok(Outcome::Verdict(Verdict::TimedOut(time))));
+            self.end(Outcome::Verdict(Verdict::TimedOut(time)))?;
         } else if fd == self.room.as_raw_fd() {
             let _ = self.room.read();
             self.console_ready(ops)?;
-        } else {
+        } else if self.console.as_ref().is_some_and(|console| console.fd() == fd) {
             self.console_ready(ops)?;
+        } else if let Some(stub) = &mut self.stub {
+            stub.ready(&mut self.vm)?;
+            self.look_for_the_end();
         }
         Ok(())
     }
@@ -229,8 +279,7 @@ impl Session {
         let Some(console) = &mut self.console else { return Ok(()) };
         loop {
             if console.pump() == Asked::Quit {
-                self.outcome = Some(Ok(Outcome::Interrupted(SIGINT)));
-                return Ok(());
+                return self.end(Outcome::Interrupted(SIGINT));
             }
             if !console.always_ready || !console.wants_input() {
                 break;
@@ -238,7 +287,12 @@ impl Session {
         }
         if !console.always_ready {
             let wanted = if console.wants_input() { EventSet::IN } else { EventSet::empty() };
-            watch(ops, console.fd(), wanted)?;
+            if console.has_ended() {
+                // A closed pipe would be reported as hung up for ever.
+                let _ = ops.remove(Events::empty_raw(console.fd()));
+            } else {
+                watch(ops, console.fd(), wanted)?;
+            }
         }
         Ok(())
     }
@@ -251,13 +305,10 @@ fn watch(ops: &mut EventOps<'_>, fd: RawFd, events: EventSet) -> anyhow::Result<
 
 impl MutEventSubscriber for Session {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let fixed = [
-            self.vm.events().as_raw_fd(),
-            self.signals.as_raw_fd(),
-            self.timer.as_raw_fd(),
-            self.room.as_raw_fd(),
-        ];
-        for fd in fixed {
+        let fixed = [self.vm.events().as_raw_fd(), self.timer.as_raw_fd(), self.room.as_raw_fd()];
+        let signals = self.signals.each_ref().map(|(_, stream)| stream.as_raw_fd());
+        let stub = self.stub.as_ref().map(Stub::fd);
+        for fd in fixed.into_iter().chain(signals).chain(stub) {
             if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
                 self.outcome = Some(Err(anyhow!("the event loop cannot watch a file: {error}")));
             }
@@ -284,4 +335,3 @@ impl MutEventSubscriber for Session {
         }
     }
 }
-

@@ -15,7 +15,7 @@ use crate::limits::PACKET_BODY;
 
 /// What a byte completed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
+pub(crate) enum Event {
     /// A whole packet with the right checksum: what stood between `$` and `#`, still escaped.
     Packet(Vec<u8>),
     /// Ctrl-C: a lone 0x03 between packets.
@@ -42,7 +42,7 @@ enum State {
 ///
 /// Holds at most [`PACKET_BODY`] bytes.
 #[derive(Debug)]
-pub struct Receiver {
+pub(crate) struct Receiver {
     state: State,
     body: Vec<u8>,
     oversized: bool,
@@ -57,17 +57,18 @@ impl Default for Receiver {
 
 impl Receiver {
     /// A receiver between packets.
-    pub const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self { state: State::Outside, body: Vec::new(), oversized: false, sum: 0 }
     }
 
     /// Bytes held for a packet that is not complete yet.
-    pub fn held(&self) -> usize {
+    #[cfg(test)]
+    pub(crate) fn held(&self) -> usize {
         self.body.len()
     }
 
     /// Takes the next byte.
-    pub fn push(&mut self, byte: u8) -> Option<Event> {
+    pub(crate) fn push(&mut self, byte: u8) -> Option<Event> {
         if byte == b'$' {
             self.state = State::Body;
             self.body.clear();
@@ -130,7 +131,7 @@ pub(crate) const fn nibble(digit: u8) -> Option<u8> {
 ///
 /// `body` must be escaped already where it carries binary data: neither `$` nor `#` may
 /// stand in it, nor a `*` that is not meant as data (see [`escape`]).
-pub fn encode(body: &[u8], out: &mut Vec<u8>) {
+pub(crate) fn encode(body: &[u8], out: &mut Vec<u8>) {
     out.reserve(body.len() + 4);
     out.push(b'$');
     let start = out.len();
@@ -166,7 +167,7 @@ fn shorten(first: u8, run: usize, out: &mut Vec<u8>) -> usize {
 }
 
 /// Escapes binary data for a reply (RSP, "Overview", binary data).
-pub fn escape(data: &[u8], out: &mut Vec<u8>) {
+pub(crate) fn escape(data: &[u8], out: &mut Vec<u8>) {
     for &byte in data {
         if matches!(byte, b'#' | b'$' | b'}' | b'*') {
             out.extend_from_slice(&[b'}', byte ^ 0x20]);
@@ -177,7 +178,7 @@ pub fn escape(data: &[u8], out: &mut Vec<u8>) {
 }
 
 /// Undoes [`escape`] in a request; `None` if the data ends inside an escape.
-pub fn unescape(data: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn unescape(data: &[u8]) -> Option<Vec<u8>> {
     let mut out = Vec::with_capacity(data.len());
     let mut bytes = data.iter();
     while let Some(&byte) = bytes.next() {

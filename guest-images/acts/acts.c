@@ -33,6 +33,8 @@
 #define PORT_I8042 0x64
 #define I8042_PULSE_RESET 0xfe
 #define PORT_92 0x92
+#define PORT_DEBUG_OUT 0xe9
+#define PORT_FIRMWARE_LOG 0x402
 #define PORT_RESET 0xcf9
 #define RESET_FULL 0x06
 #define PORT_PVPANIC 0x505
@@ -198,34 +200,30 @@ static u64 random(void)
 }
 
 /* Those whose business it is to end or reset the machine, or to print. */
-static int port_is_left_alone(u64 port)
+static int port_is_left_alone(u64 port, u64 pm1a)
 {
-	const u8 *fadt = acpi_table("FACP");
-	u64 pm1a = fadt ? field(fadt, FADT_PM1A_CONTROL, 4) : 0;
-
 	return (port >= PORT_CONSOLE - 3 && port < PORT_CONSOLE + 8) ||
 	       (port >= PORT_EXIT - 3 && port <= PORT_EXIT) ||
 	       (port >= PORT_RESET - 4 && port <= PORT_RESET + 2) ||
 	       (port >= PORT_PVPANIC - 3 && port <= PORT_PVPANIC) ||
 	       (port >= PORT_I8042 - 4 && port <= PORT_I8042) ||
 	       (port >= PORT_92 - 3 && port <= PORT_92) ||
+	       (port >= PORT_DEBUG_OUT - 3 && port <= PORT_DEBUG_OUT) ||
+	       (port >= PORT_FIRMWARE_LOG - 3 && port <= PORT_FIRMWARE_LOG) ||
 	       (pm1a && port >= pm1a - 4 && port < pm1a + 2);
 }
 
 static void act_ports(void)
 {
-	static u8 left_alone[65536];
+	const u8 *fadt = acpi_table("FACP");
+	u64 pm1a = fadt ? field(fadt, FADT_PM1A_CONTROL, 4) : 0;
 
-	for (u64 port = 0; port < 65536; port++)
-		left_alone[port] = 0;
-	for (u64 port = 0; port < 0x1000; port++)
-		left_alone[port] = (u8)port_is_left_alone(port);
 	for (u64 n = 0; n < count; n++) {
 		u64 draw = random();
 		/* Half of them where the devices are. */
 		u16 port = draw & 1 ? (u16)(draw >> 8) : (u16)(draw >> 8 & 0xfff);
 
-		if (left_alone[port])
+		if (port_is_left_alone(port, pm1a))
 			continue;
 		switch (draw >> 32 & 7) {
 		case 0: outb(port, (u8)(draw >> 40)); break;

@@ -7,6 +7,8 @@
  */
 #include "layout.h"
 
+	.cfi_sections .debug_frame
+
 	.code64
 	.text
 

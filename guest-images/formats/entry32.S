@@ -7,6 +7,8 @@
  */
 #include "layout.h"
 
+	.cfi_sections .debug_frame
+
 #ifdef MULTIBOOT
 #define MULTIBOOT_MAGIC 0x1badb002
 #define MULTIBOOT_FLAGS 0x00000003	/* align modules, say how much memory */

@@ -306,6 +306,8 @@ pub fn start(name: &str, cpu: u32) -> Option<Start> {
 pub fn start_in_ring_3(name: &str, cpu: u32) -> Option<Start> {
     Some(Start {
         rip: label(&format!("u_{name}"))?,
+        // IOPL 3 for the one that needs it.
+        rflags: if name == "ring3_out" { 0x3002 } else { 0x2 },
         rsp: USER_STACKS + (u64::from(cpu) + 1) * USER_STACK_SIZE,
         cs: SEL_USER_CODE,
         ss: SEL_USER_DATA,

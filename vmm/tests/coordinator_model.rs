@@ -5,6 +5,7 @@
 //! in each test.
 //!
 //! Run with `cargo test -p trapline-vmm --features shuttle --test coordinator_model`.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on has failed
 #![cfg(feature = "shuttle")]
 
 use std::io;
@@ -145,14 +146,20 @@ struct World {
 }
 
 impl World {
+    /// All vCPUs begin at [`LOOP`].
     fn new(vcpus: usize) -> Self {
-        let probes: Vec<Arc<Probe>> = (0..vcpus).map(|_| Arc::default()).collect();
+        Self::starting_at(&vec![LOOP; vcpus])
+    }
+
+    fn starting_at(pcs: &[u64]) -> Self {
+        let probes: Vec<Arc<Probe>> = pcs.iter().map(|_| Arc::default()).collect();
         let cpus = probes
             .iter()
-            .map(|probe| {
+            .zip(pcs)
+            .map(|(probe, &pc)| {
                 let kicked = probe.clone();
                 let kick: Kick = Box::new(move |_| kicked.kicked.store(true, Ordering::SeqCst));
-                (ModelCpu { pc: LOOP, probe: probe.clone() }, kick)
+                (ModelCpu { pc, probe: probe.clone() }, kick)
             })
             .collect();
         let coordinator = Coordinator::new(cpus, || ()).expect("threads");
@@ -415,6 +422,37 @@ fn c8_parked_vcpus_do_not_run_under_scheduler_locking() {
             assert_eq!(world.wait(), Stop { vcpu: VcpuId(1), reason: StopReason::Step });
             assert_eq!(world.probes[0].executed.load(Ordering::SeqCst), 0);
             assert_eq!(world.probes[1].executed.load(Ordering::SeqCst), n);
+        }
+    });
+}
+
+#[test]
+fn c8_under_scheduler_locking_only_the_resumed_vcpu_is_told_of() {
+    check(|| {
+        let mut world = World::starting_at(&[LOOP, COUNTS, COUNTS + 1]);
+        for addr in [COUNTS, COUNTS + 1] {
+            world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(addr)).unwrap();
+        }
+        let mut stop = match world.go() {
+            Some(pending) => pending,
+            None => world.wait(),
+        };
+        // What gdb does at each hit: take that breakpoint out, step this vCPU alone, put it back,
+        // go on. The others may have hits, on the other breakpoint too, that are still to be told.
+        for _ in 0..6 {
+            let StopReason::Breakpoint(request) = stop.reason else { panic!("{stop:?}") };
+            world.coordinator.clear_breakpoint(Owner::GDB, request).unwrap();
+            let alone = ResumePlan::all(3, RunMode::Parked).with(stop.vcpu, RunMode::Step);
+            let stepped = match world.coordinator.resume(&alone).unwrap() {
+                Some(pending) => pending,
+                None => world.wait(),
+            };
+            assert_eq!(stepped, Stop { vcpu: stop.vcpu, reason: StopReason::Step });
+            world.coordinator.set_breakpoint(Owner::GDB, request).unwrap();
+            stop = match world.go() {
+                Some(pending) => pending,
+                None => world.wait(),
+            };
         }
     });
 }

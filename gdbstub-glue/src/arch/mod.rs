@@ -4,10 +4,11 @@
 //! may be written. `target.xml` and the `g` frame are both made from it, so they cannot
 //! disagree.
 
+pub(crate) mod flags;
 mod table;
 mod xml;
 
-pub(crate) use table::{COUNT, FRAME, Refused, Register, canonical};
+pub(crate) use table::{FRAME, Register};
 pub(crate) use xml::target_xml;
 
 /// Register numbers that have a meaning outside the table: those that a stop reply carries

@@ -479,7 +479,7 @@ mod tests {
             "cr8" => 5,
             name if name.starts_with("st") && register.size() == 10 => n << 64 | 1 << 63 | n << 8,
             "fmask" => 0x47700,
-            _ if register.size() == 4 => 0x0100_0000 * n | n,
+            _ if register.size() == 4 => (0x0100_0000 * n) | n,
             // Canonical, and different in every byte position that is free.
             _ if register.size() == 8 => 0x0000_1122_3300_0000 + n,
             _ => n << 96 | n << 64 | n << 32 | n,

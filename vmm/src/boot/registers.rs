@@ -16,6 +16,7 @@ const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
+const EFER_NXE: u64 = 1 << 11;
 
 /// Bit 1 of RFLAGS always reads as 1; interrupts, direction and trap flag are off.
 const RFLAGS: u64 = 2;
@@ -40,8 +41,9 @@ pub fn registers(state: &CpuState) -> kvm_regs {
 /// The system registers of a state. `current` is what KVM_GET_SREGS says of the vCPU: what is KVM's (the APIC base,
 /// which also says who is the boot processor) stays as it is.
 ///
-/// Long mode has SSE switched on (CR4.OSFXSR and OSXMMEXCPT), so that compiled bare-metal code runs; Linux sets CR4
-/// itself.
+/// Long mode has SSE switched on (CR4.OSFXSR and OSXMMEXCPT), so that compiled bare-metal code runs, and the NX bit of page
+/// tables: an AP of a recent Linux (seen with 6.12) that was woken through the mailbox goes onto Linux's page tables, which have it,
+/// without a look at EFER.
 pub fn system_registers(state: &CpuState, current: &kvm_sregs) -> kvm_sregs {
     let data = segment(DATA, 3, false, false);
     let base = kvm_sregs {
@@ -76,7 +78,7 @@ pub fn system_registers(state: &CpuState, current: &kvm_sregs) -> kvm_sregs {
             cr0: base.cr0 | CR0_MP | CR0_WP | CR0_PG,
             cr3,
             cr4: CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT,
-            efer: EFER_LME | EFER_LMA,
+            efer: EFER_LME | EFER_LMA | EFER_NXE,
             ..base
         },
         CpuState::Protected32 { .. } => kvm_sregs { cs: segment(CODE32, 11, true, false), ..base },
@@ -152,7 +154,7 @@ mod tests {
         let sregs = system_registers(&long(), &kvm_sregs::default());
         assert_eq!(sregs.cr0 & (CR0_PG | CR0_PE), CR0_PG | CR0_PE);
         assert_eq!(sregs.cr4 & CR4_PAE, CR4_PAE);
-        assert_eq!(sregs.efer, EFER_LME | EFER_LMA);
+        assert_eq!(sregs.efer, EFER_LME | EFER_LMA | EFER_NXE);
         assert_eq!((sregs.cs.l, sregs.cs.db), (1, 0));
         assert_eq!(sregs.cr3, layout::PAGE_TABLES);
     }
