@@ -24,6 +24,17 @@ enum State {
     Running(RunMode),
 }
 
+/// A stop that was told, until the vCPU has executed the instruction before which it stands.
+///
+/// An execution slot at `pc` has had its say. After a `hit` the vCPU steps off even if the slot is
+/// gone by now: only a step says for sure that the crossing is over, and that the next time the
+/// vCPU is found at `pc` it is another one (law 13).
+#[derive(Clone, Copy)]
+struct Told {
+    pc: u64,
+    hit: bool,
+}
+
 /// What one entry into the guest was armed for.
 struct Entry {
     from: u64,
@@ -42,8 +53,7 @@ pub(crate) struct VcpuThread<C> {
     image: Arc<DebugImage>,
     /// What KVM was last told; `None` when it must be told again.
     armed: Option<Arming>,
-    /// The pc of the last stop. An execution slot there has had its say: the vCPU steps off it.
-    told: Option<u64>,
+    told: Option<Told>,
     /// A served access has not been completed yet.
     incomplete: bool,
     /// The instruction that is being stepped, from its first entry until it is done.
@@ -200,14 +210,14 @@ impl<C: Cpu> VcpuThread<C> {
             return Ok(Entry { from: 0, stepping: false, expect: Expectation { stepping: false, suspended: 0 } });
         }
         let from = self.cpu.pc()?;
-        let suspended = match self.told {
-            Some(pc) if pc == from => self.image.exec_slots_at(from).fold(0, |bits, (n, _)| bits | 1 << n),
-            _ => {
-                self.told = None;
-                0
-            }
+        let told = self.told.filter(|told| told.pc == from);
+        let suspended = match told {
+            Some(_) => self.image.exec_slots_at(from).fold(0, |bits, (n, _)| bits | 1 << n),
+            None => 0,
         };
-        let stepping = wants_step || suspended != 0;
+        let steps_off = suspended != 0 || told.is_some_and(|told| told.hit);
+        self.told = told.filter(|_| steps_off);
+        let stepping = wants_step || steps_off;
         let mut arming = Arming::run(&self.image);
         if suspended != 0 {
             arming.dr7 = self.image.dr7_off(from);
@@ -277,7 +287,9 @@ impl<C: Cpu> VcpuThread<C> {
             // The instruction is done too; the hit is the reason that is told.
             self.end_step();
         }
-        self.told = Some(exit.pc);
+        // A watchpoint is told after its instruction: what stands at this pc has not had its say.
+        let hit = hits.iter().any(|(_, request, _)| request.on == Trigger::Execute);
+        self.told = hit.then_some(Told { pc: exit.pc, hit });
         let mut reasons: Vec<StopReason> = Vec::new();
         for (_, request, addr) in hits {
             let reason = match request.on {
@@ -315,7 +327,7 @@ impl<C: Cpu> VcpuThread<C> {
             RunMode::StepRange { start, end } => !self.cpu.pc().is_ok_and(|pc| (start..end).contains(&pc)),
         };
         if stop {
-            self.told = self.cpu.pc().ok();
+            self.told = self.cpu.pc().ok().map(|pc| Told { pc, hit: false });
             self.stop(vec![StopReason::Step]);
         }
     }
