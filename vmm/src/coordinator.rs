@@ -232,10 +232,11 @@ impl Coordinator {
             }
             Err(error) => {
                 for n in 0..self.vcpus.len() {
-                    // Queued behind the Park that was missed, so that it undoes it.
+                    // Queued behind the Park that was missed, so that it undoes it. A stop that has
+                    // happened meanwhile stays one.
                     let mode = self.vcpus[n].mode;
                     let seq = self.next_seq();
-                    self.send(n, seq, Request::Resume(mode));
+                    self.send(n, seq, Request::Unpark(mode));
                 }
                 Err(error)
             }

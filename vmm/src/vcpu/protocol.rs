@@ -23,6 +23,8 @@ pub(crate) enum Request {
     Park,
     /// Go on in this mode.
     Resume(RunMode),
+    /// Undo a [`Park`](Self::Park): go on in this mode, unless the vCPU has parked for a stop of its own.
+    Unpark(RunMode),
     /// What was reported at the present pc was never told to anybody: report it again.
     Untell,
     ReadRegisters,

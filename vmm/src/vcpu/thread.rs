@@ -54,6 +54,8 @@ pub(crate) struct VcpuThread<C> {
     /// What KVM was last told; `None` when it must be told again.
     armed: Option<Arming>,
     told: Option<Told>,
+    /// Parked for a stop of its own, and not resumed since.
+    stopped: bool,
     /// A served access has not been completed yet.
     incomplete: bool,
     /// The instruction that is being stepped, from its first entry until it is done.
@@ -78,6 +80,7 @@ impl<C: Cpu> VcpuThread<C> {
             image: Arc::default(),
             armed: None,
             told: None,
+            stopped: false,
             incomplete: false,
             stepped: None,
         }
@@ -119,6 +122,12 @@ impl<C: Cpu> VcpuThread<C> {
                 self.resume(mode);
                 Ok(Reply::Done)
             }
+            Request::Unpark(mode) => {
+                if !self.stopped {
+                    self.resume(mode);
+                }
+                Ok(Reply::Done)
+            }
             Request::Untell => {
                 self.told = None;
                 Ok(Reply::Done)
@@ -154,6 +163,7 @@ impl<C: Cpu> VcpuThread<C> {
         if mode != RunMode::Parked && matches!(self.state, State::Parked) {
             self.cpu.resumed();
             self.state = State::Running(mode);
+            self.stopped = false;
         }
     }
 
@@ -337,6 +347,7 @@ impl<C: Cpu> VcpuThread<C> {
         if let Err(error) = self.park() {
             tracing::warn!(vcpu = self.id.0, %error, "parked, but its debug registers could not be put back");
         }
+        self.stopped = true;
         self.send(Message::Event(Event { vcpu: self.id, reasons }));
         (self.notify)();
     }
