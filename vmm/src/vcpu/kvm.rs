@@ -13,7 +13,7 @@ use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
     KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP,
     KVM_GUESTDBG_INJECT_DB, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_INTERNAL_ERROR_EMULATION,
-    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs,
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_SHADOW, Msrs,
     kvm_dtable, kvm_fpu, kvm_guest_debug, kvm_guest_debug_arch, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run,
     kvm_segment, kvm_sregs,
 };
@@ -288,6 +288,14 @@ impl Cpu for KvmCpu {
     }
 
     fn halt(&mut self) -> io::Result<()> {
+        let mut regs = self.fd.get_regs()?;
+        regs.rip = regs.rip.wrapping_add(1);
+        self.fd.set_regs(&regs)?;
+        // In the shadow of STI, as it usually is, no interrupt would ever wake it.
+        let mut events = self.fd.get_vcpu_events()?;
+        events.interrupt.shadow = 0;
+        events.flags |= KVM_VCPUEVENT_VALID_SHADOW;
+        self.fd.set_vcpu_events(&events)?;
         Ok(self.fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_HALTED })?)
     }
 
