@@ -12,6 +12,7 @@ pub(crate) mod protocol;
 mod registers;
 mod step;
 pub(crate) mod thread;
+mod xsave;
 
 pub use cpu::{Arming, Cpu, Exit};
 pub use kvm::{ArmHook, KvmCpu};
