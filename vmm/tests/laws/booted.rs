@@ -38,11 +38,6 @@ impl io::Write for Lines {
 }
 
 impl Booted {
-    /// The demo guest, stopped before its first instruction.
-    pub(crate) fn demo(cpus: u32) -> Self {
-        Self::new(trapline_guests::demo(), cpus, "quiet", ap_start(), None)
-    }
-
     /// The demo guest, stopped while all its CPUs count.
     pub(crate) fn counting_demo(cpus: u32, hook: Option<ArmHook>) -> Self {
         let mut demo = Self::new(trapline_guests::demo(), cpus, "quiet", ap_start(), hook);

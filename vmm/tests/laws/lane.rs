@@ -54,9 +54,10 @@ impl Need {
     }
 }
 
-/// Whether guests can be run here at all.
-pub(crate) fn has_kvm() -> bool {
-    kvm_ioctls::Kvm::new().is_ok()
+/// What every trial needs and is missing: guests cannot be run here at all.
+pub(crate) fn missing_everywhere() -> Option<&'static str> {
+    static THERE: OnceLock<bool> = OnceLock::new();
+    (!THERE.get_or_init(|| kvm_ioctls::Kvm::new().is_ok())).then_some("no usable /dev/kvm")
 }
 
 /// Which KVM this is.

@@ -2,7 +2,7 @@
 
 use libtest_mimic::Trial;
 
-use crate::lane::Need;
+use crate::lane::{Need, missing_everywhere};
 
 #[derive(Clone)]
 pub(crate) struct Law {
@@ -25,7 +25,7 @@ impl Law {
     /// Ignored, with the reason as its kind, if something is missing.
     pub(crate) fn trial(self) -> Trial {
         let Law { name, needs, run, of } = self;
-        let missing = needs.iter().find_map(|need| need.missing());
+        let missing = missing_everywhere().or_else(|| needs.iter().find_map(|need| need.missing()));
         let trial = Trial::test(name, move || {
             run(of);
             Ok(())

@@ -22,9 +22,9 @@ use trapline_vmm::devices::bus::{Bus, Device, Shared};
 use trapline_vmm::devices::{DeviceEvent, ExitPort, exit};
 use trapline_vmm::memory::GuestRam;
 use trapline_vmm::paging::{read_physical, write_all_physical};
-use trapline_vmm::vcpu::{KvmCpu, Registers, kick};
+use trapline_vmm::vcpu::{Activity, KvmCpu, Registers, kick};
 
-use crate::clock::{Monitor, PATIENCE};
+use crate::clock::{Monitor, PATIENCE, wait_for};
 use crate::spy::{Spied, Spy};
 
 /// How a vCPU of the rig begins.
@@ -177,6 +177,15 @@ impl Rig {
     pub(crate) fn interrupt(&mut self) {
         self.coordinator.stop().unwrap();
         assert_eq!(self.coordinator.take_stop(), None, "something stopped by itself");
+    }
+
+    /// Lets all run until `cpu` sleeps; leaves the world stopped.
+    pub(crate) fn run_until_asleep(&mut self, cpu: u32) {
+        wait_for("it to sleep", || {
+            assert_eq!(self.go(), None);
+            self.interrupt();
+            (self.coordinator.activity(VcpuId(cpu)).unwrap() == Activity::Halted).then_some(())
+        });
     }
 
     /// Runs vCPU 0 to `label`, with a breakpoint that is gone again afterwards.

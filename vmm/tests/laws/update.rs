@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use trapline_guests::fixture::{self, cpu_field};
 use trapline_vmm::coordinator::CoordinatorError;
 use trapline_vmm::debug::{Breakpoint, BreakpointError, RunMode, Stop, StopReason, Trigger, VcpuId};
-use trapline_vmm::vcpu::{Activity, Arming};
+use trapline_vmm::vcpu::{Activity, Arming, Exit};
 
 use crate::booted::Booted;
 use crate::clock::wait_for;
@@ -28,6 +28,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l16_a_trap_that_was_held_back_over_the_removal_is_nobodys, DataWatch),
         law!(l17_vcpus_that_sleep_are_armed_without_running, Kick),
         law!(l18_a_vcpu_that_does_not_park_is_named_and_the_others_go_on, Kick),
+        law!(l18_a_failed_stop_loses_and_doubles_no_hit, Kick),
         law!(l19_a_vcpu_stops_at_its_very_first_instruction, Kick),
         law!(the_fifth_breakpoint_is_refused_and_the_four_still_work),
     ]
@@ -102,7 +103,7 @@ fn l11_a_hit_on_what_is_gone_is_swallowed() {
     for _ in 0..20 {
         assert_eq!(rig.go(), None);
         let trapped = rig.spies[1].look(|notes| notes.trapped);
-        rig.spies[1].hold_until_kicked(|exit| matches!(exit, trapline_vmm::vcpu::Exit::Debug(_)));
+        rig.spies[1].hold_until_kicked(|exit| matches!(exit, Exit::Debug(_)));
         rig.set(bp).unwrap();
         rig.spies[1].wait_held();
         // The guest's own count at the hit, which it must go on from.
@@ -254,15 +255,10 @@ fn l16_a_trap_that_was_held_back_over_the_removal_is_nobodys() {
 }
 
 fn l17_vcpus_that_sleep_are_armed_without_running() {
-    let mut rig = Rig::new(&[
-        Begin::Ring0("hotmem"),
-        Begin::Ring0("hlt_wait"),
-        Begin::Ring0("halt"),
-        Begin::WaitForSipi,
-    ]);
-    assert_eq!(rig.go(), None);
-    rig.spies[1].wait_entries(0);
-    rig.interrupt();
+    let mut rig =
+        Rig::new(&[Begin::Ring0("hotmem"), Begin::Ring0("hlt_wait"), Begin::Ring0("halt"), Begin::WaitForSipi]);
+    rig.run_until_asleep(1);
+    rig.run_until_asleep(2);
     for world in ["stopped", "running"] {
         if world == "running" {
             assert_eq!(rig.go(), None);
@@ -280,11 +276,12 @@ fn l17_vcpus_that_sleep_are_armed_without_running() {
     }
 }
 
-/// The one test that waits for the deadline of the product.
+/// Waits for the deadline of the product, as the next one does.
 fn l18_a_vcpu_that_does_not_park_is_named_and_the_others_go_on() {
     let mut rig = Rig::all(3, "hotmem");
     let bp = Breakpoint::exec(at("hotmem_bp"));
     assert_eq!(rig.go(), None);
+    wait_for("it to run", || (rig.field(1, cpu_field::HITS) > 1000).then_some(()));
     // It comes out of the guest and then does nothing, as a thread that is stopped or starved.
     rig.spies[1].hold(|_| true);
     let error = rig.coordinator.stop().unwrap_err();
@@ -306,6 +303,33 @@ fn l18_a_vcpu_that_does_not_park_is_named_and_the_others_go_on() {
     for cpu in told {
         assert_eq!(rig.pc(cpu), bp.addr);
     }
+}
+
+/// Those that stopped by themselves meanwhile do not go on: nobody was told of them yet.
+fn l18_a_failed_stop_loses_and_doubles_no_hit() {
+    let mut rig = Rig::all(3, "hotmem");
+    let bp = Breakpoint::exec(at("hotmem_bp"));
+    rig.set(bp).unwrap();
+    rig.spies[1].hold(|exit| matches!(exit, Exit::Debug(_)));
+    assert_eq!(rig.go(), None);
+    rig.spies[1].wait_held();
+    wait_for("the others to hit", || {
+        [0, 2].iter().all(|cpu| rig.spies[*cpu as usize].look(|n| n.trapped > 0)).then_some(())
+    });
+    assert_eq!(rig.coordinator.poll(), Err(CoordinatorError::NoAnswer { vcpu: VcpuId(1) }));
+    rig.spies[1].let_go();
+    let mut told = [0u64; 3];
+    for _ in 0..30 {
+        let stop = match rig.coordinator.is_running() {
+            true => rig.wait(),
+            false => rig.run_all(),
+        };
+        assert_eq!(stop.reason, StopReason::Breakpoint(bp));
+        let (cpu, n) = (stop.vcpu.0, stop.vcpu.index());
+        assert_eq!((rig.pc(cpu), rig.field(cpu, cpu_field::HITS)), (bp.addr, told[n]), "vCPU {n}");
+        told[n] += 1;
+    }
+    assert!(told.iter().all(|times| *times > 2), "{told:?}");
 }
 
 fn l19_a_vcpu_stops_at_its_very_first_instruction() {
