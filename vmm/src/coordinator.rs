@@ -373,6 +373,10 @@ impl Coordinator {
             }
         }
         let vcpus = self.vcpus.len();
+        if self.image.is_empty() {
+            // No slot is left to step off, and whoever is gone wants no step either.
+            (0..vcpus as u32).for_each(|n| self.untell(VcpuId(n)));
+        }
         if self.ended().is_none() {
             self.resume(&ResumePlan::all(vcpus, RunMode::Continue))?;
         }

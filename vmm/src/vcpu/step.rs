@@ -39,9 +39,19 @@ impl Stepped {
         let got = cpu.read(pc, &mut bytes);
         // Stepping outside 64-bit mode is exact as well; only what is mended is decoded, and
         // those encodings read the same there.
-        let kind = kind(&bytes[..got]);
+        let kind = match kind(&bytes[..got]) {
+            // Elsewhere it faults.
+            Kind::Halt if cpu.registers()?.cpl() != 0 => Kind::Other,
+            kind => kind,
+        };
         let waiting = cpu.activity()? == Activity::Halted;
         Ok(Stepped { from: pc, kind, waiting })
+    }
+
+    /// Whether it is a HLT that is to be carried out in place: a step over it ends with the vCPU
+    /// asleep behind it, and no two KVM flavours do that alike (law 49).
+    pub(crate) fn halts(&self) -> bool {
+        self.kind == Kind::Halt && !self.waiting
     }
 
     /// Whether the vCPU sleeps, and so must be allowed to take an interrupt.
@@ -52,10 +62,9 @@ impl Stepped {
     /// Puts right what the instruction did with the TF that the guest did not set.
     pub(crate) fn end<C: Cpu>(self, cpu: &mut C) {
         let mended = match self.kind {
-            Kind::Other => Ok(()),
+            Kind::Halt | Kind::Other => Ok(()),
             Kind::PushFlags(len) => scrub_pushed(cpu, len),
             Kind::Syscall => scrub_r11(cpu),
-            Kind::Halt => halt_if_it_did_not(cpu, self.from),
         };
         if let Err(error) = mended {
             tracing::warn!(%error, pc = self.from, "what single-step left in the guest could not be put right");
@@ -100,14 +109,6 @@ fn scrub_r11<C: Cpu>(cpu: &mut C) -> io::Result<()> {
     if registers.r11 & TF != 0 {
         registers.r11 &= !TF;
         cpu.set_registers(&registers)?;
-    }
-    Ok(())
-}
-
-/// Some KVM flavours step past HLT without halting (law 49).
-fn halt_if_it_did_not<C: Cpu>(cpu: &mut C, from: u64) -> io::Result<()> {
-    if cpu.pc()? == from.wrapping_add(1) && cpu.activity()? == Activity::Runnable {
-        cpu.halt()?;
     }
     Ok(())
 }

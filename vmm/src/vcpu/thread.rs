@@ -210,6 +210,12 @@ impl<C: Cpu> VcpuThread<C> {
                 return self.stop(vec![StopReason::Crash(crate::debug::Crash::RunFailed { errno })]);
             }
         };
+        if self.halts(&entry) {
+            match self.cpu.halt() {
+                Ok(()) => return self.step_done(mode),
+                Err(error) => tracing::warn!(vcpu = self.id.0, %error, "HLT could not be carried out; KVM steps it"),
+            }
+        }
         // Entering the guest completes whatever access was served before.
         self.incomplete = false;
         let exit = self.cpu.run();
@@ -245,6 +251,14 @@ impl<C: Cpu> VcpuThread<C> {
         }
         self.arm(arming)?;
         Ok(Entry { from, stepping, expect: Expectation { stepping, suspended } })
+    }
+
+    /// Whether the step is over a HLT that no armed slot stops at first.
+    fn halts(&self, entry: &Entry) -> bool {
+        let armed = |(n, _): (usize, _)| entry.expect.suspended & 1 << n == 0;
+        entry.stepping
+            && self.stepped.as_ref().is_some_and(Stepped::halts)
+            && !self.image.exec_slots_at(entry.from).any(armed)
     }
 
     fn handle(&mut self, exit: Exit, entry: &Entry, mode: RunMode) {
