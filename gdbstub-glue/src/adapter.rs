@@ -13,12 +13,11 @@ use std::num::NonZeroUsize;
 use std::ops::{Deref, DerefMut};
 
 use gdbstub::arch::Arch;
-use gdbstub::common::{Endianness, Tid};
+use gdbstub::common::Tid;
 use gdbstub::target::ext::base::BaseOps;
 use gdbstub::target::ext::base::multithread::{MultiThreadBase, MultiThreadResumeOps};
 use gdbstub::target::ext::base::single_register_access::{SingleRegisterAccess, SingleRegisterAccessOps};
 use gdbstub::target::ext::breakpoints::BreakpointsOps;
-use gdbstub::target::ext::host_info::{HostInfo, HostInfoOps, HostInfoResponse};
 use gdbstub::target::ext::monitor_cmd::MonitorCmdOps;
 use gdbstub::target::ext::target_description_xml_override::{
     TargetDescriptionXmlOverride, TargetDescriptionXmlOverrideOps,
@@ -288,10 +287,6 @@ impl<D: Debuggee> gdbstub::target::Target for Adapter<D> {
     fn support_target_description_xml_override(&mut self) -> Option<TargetDescriptionXmlOverrideOps<'_, Self>> {
         Some(self)
     }
-
-    fn support_host_info(&mut self) -> Option<HostInfoOps<'_, Self>> {
-        Some(self)
-    }
 }
 
 impl<D: Debuggee> MultiThreadBase for Adapter<D> {
@@ -390,14 +385,5 @@ impl<D: Debuggee> TargetDescriptionXmlOverride for Adapter<D> {
         let len = rest.len().min(length).min(buf.len());
         buf[..len].copy_from_slice(&rest[..len]);
         Ok(len)
-    }
-}
-
-impl<D: Debuggee> HostInfo for Adapter<D> {
-    fn host_info(&self, write_item: &mut dyn FnMut(&HostInfoResponse<'_>)) -> Result<(), Fatal> {
-        write_item(&HostInfoResponse::Triple("x86_64-unknown-none"));
-        write_item(&HostInfoResponse::Endianness(Endianness::Little));
-        write_item(&HostInfoResponse::PointerSize(8));
-        Ok(())
     }
 }

@@ -12,7 +12,7 @@ use crate::arch::{FRAME, Register, number};
 use crate::debuggee::Debuggee;
 use crate::framing::{escape, hex};
 use crate::limits::{MEMORY_READ, TEXT};
-use crate::packet::{Action, Malformed, Offer, Packet, Point, Threads};
+use crate::packet::{Action, Malformed, Offer, Packet, Point, PointKind, Threads};
 use crate::stop::attach_reply;
 use crate::threads;
 
@@ -161,7 +161,7 @@ impl Front {
             Packet::ResumeQuery => serve("vCont?", Kind::Numbered),
             Packet::Resume(actions) => self.resume(&actions, target),
             Packet::LegacyResume { action, at } => self.legacy_resume(action, at, target),
-            Packet::Point(point) => serve_point(point),
+            Packet::Point(point) => self.point(point),
             Packet::ConditionalPoint => {
                 self.refuse("breakpoint conditions and commands are evaluated by the debugger here")
             }
@@ -192,7 +192,12 @@ impl Front {
                 target.view.physical = on;
                 ok()
             }
-            Packet::HostInfo => serve("qHostInfo", Kind::Numbered),
+            Packet::HostInfo => {
+                let mut reply = b"triple:".to_vec();
+                hex(b"x86_64-unknown-none", &mut reply);
+                reply.extend_from_slice(b";endian:little;ptrsize:8;");
+                Verdict::Reply(reply)
+            }
             Packet::Unknown => Verdict::Reply(Vec::new()),
         }
     }
@@ -294,6 +299,25 @@ impl Front {
         format!("{process}{:x}", tid(vcpu))
     }
 
+    /// A breakpoint is set or removed.
+    ///
+    /// The hardware cannot watch for loads alone. gdb makes up for that if it is told that `Z3` is
+    /// unknown: it watches for any access and passes over those that changed the value. If `Z3`
+    /// succeeds it takes every hit for a load. lldb has nothing like it, and gets the stores too.
+    fn point(&self, point: Point) -> Verdict {
+        if point.kind == PointKind::Read && point.insert && self.is_gdb() {
+            return Verdict::Reply(Vec::new());
+        }
+        let letter = if point.insert { 'Z' } else { 'z' };
+        let kind = char::from(point.kind.digit());
+        serve(format!("{letter}{kind},{:x},{:x}", point.addr, point.len), Kind::Spoken)
+    }
+
+    /// gdb says that it understands `hwbreak:` (since 7.10), and nobody else does.
+    fn is_gdb(&self) -> bool {
+        self.offer.hwbreak
+    }
+
     /// One explicit action for each vCPU that goes on. gdbstub knows no order among actions and
     /// takes a step of all threads for an error; here each vCPU has its own.
     fn resume<D: Debuggee>(&self, actions: &[(Action, Threads)], target: &Adapter<D>) -> Verdict {
@@ -352,12 +376,6 @@ fn serve_with(head: &str, data: &[u8]) -> Verdict {
     let mut packet = head.as_bytes().to_vec();
     hex(data, &mut packet);
     Verdict::Serve(packet, Kind::Spoken)
-}
-
-fn serve_point(point: Point) -> Verdict {
-    let letter = if point.insert { 'Z' } else { 'z' };
-    let kind = char::from(point.kind.digit());
-    serve(format!("{letter}{kind},{:x},{:x}", point.addr, point.len), Kind::Spoken)
 }
 
 fn ok() -> Verdict {

@@ -26,6 +26,9 @@ pub const OUTPUT_LIMIT: usize = 512 * 1024;
 /// Connections that are accepted (and, beyond the first, refused) per readiness event.
 pub const ACCEPTS_PER_EVENT: usize = 16;
 
+/// Connections without a say that are kept until the other side has closed them.
+pub const LEAVING: usize = 4;
+
 /// Breakpoint requests that one client may hold at a time. The hardware has four slots; the
 /// debuggee decides. This only bounds our own list.
 pub const BREAKPOINTS: usize = 1024;
@@ -35,3 +38,6 @@ pub const STOP_HISTORY: usize = 32;
 
 /// Longest text of an error reply or console line, in bytes.
 pub const TEXT: usize = 1024;
+
+/// How often what the present client has sent is read before another one is turned away.
+pub const READS_BEFORE_REFUSAL: usize = 32;

@@ -4,6 +4,7 @@
 //! [interests](Server::interests), polls, and calls back. A client that does not read is not
 //! listened to; it cannot hold up the guest.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
@@ -15,7 +16,7 @@ use crate::adapter::Adapter;
 use crate::address::{Address, AddressError, Listening, ListeningSocket};
 use crate::debuggee::{Debuggee, DebuggeeError};
 use crate::framing::encode;
-use crate::limits::{ACCEPTS_PER_EVENT, INPUT_CHUNK, OUTPUT_LIMIT};
+use crate::limits::{ACCEPTS_PER_EVENT, INPUT_CHUNK, LEAVING, OUTPUT_LIMIT, READS_BEFORE_REFUSAL};
 use crate::session::{Flow, Session};
 use crate::target::Target;
 
@@ -34,6 +35,17 @@ pub enum Outcome {
     Killed,
     /// The debugger was told how the run ended, and is gone.
     Ended,
+}
+
+impl Outcome {
+    /// What two calls in a row have come to: the later one, unless it is nothing, or the run was
+    /// over already.
+    fn and(self, later: Outcome) -> Outcome {
+        match (self, later) {
+            (Outcome::Killed | Outcome::Ended, _) | (_, Outcome::Continue) => self,
+            (_, later) => later,
+        }
+    }
 }
 
 /// A file descriptor to poll, level-triggered. Hang-up and error conditions count as ready.
@@ -56,8 +68,8 @@ pub struct Interest {
 pub struct Server<D: Debuggee> {
     listening: Listening,
     client: Option<Client<D>>,
-    /// The last words to a client that is gone already.
-    parting: Option<Parting>,
+    /// Connections that have no say any more.
+    leaving: VecDeque<Leaving>,
     /// Connections so far.
     connections: u64,
 }
@@ -70,16 +82,23 @@ struct Client<D: Debuggee> {
     input: Vec<u8>,
 }
 
-struct Parting {
+/// A connection on its way out: it gets our last words, and stays until the other side has
+/// closed too. Closed at once, it would turn what the other side is just sending into an error,
+/// and our last words with it.
+struct Leaving {
     stream: Stream,
     id: u64,
+    /// Our last words.
     output: Vec<u8>,
+    /// They are due only when the other side has said something.
+    waits: bool,
+    finished: bool,
 }
 
 impl<D: Debuggee> Server<D> {
     /// Listens. An address that other machines can reach needs `expose`.
     pub fn listen(address: &Address, expose: bool) -> Result<Self, AddressError> {
-        Ok(Self { listening: address.listen(expose)?, client: None, parting: None, connections: 0 })
+        Ok(Self { listening: address.listen(expose)?, client: None, leaving: VecDeque::new(), connections: 0 })
     }
 
     /// Where it listens, with the real port; displays as the gdb command line to paste.
@@ -94,11 +113,12 @@ impl<D: Debuggee> Server<D> {
 
     /// Whether something is left to be sent. Worth a short wait before the process ends.
     pub fn has_output(&self) -> bool {
-        self.parting.is_some() || self.client.as_ref().is_some_and(|c| c.session.pending() > 0)
+        self.leaving.iter().any(|l| !l.output.is_empty())
+            || self.client.as_ref().is_some_and(|c| c.session.pending() > 0)
     }
 
     /// What to poll. Ask again after every call: it changes.
-    pub fn interests(&self) -> impl Iterator<Item = Interest> + use<D> {
+    pub fn interests(&self) -> impl Iterator<Item = Interest> {
         let listener = Interest { fd: self.listening.fd(), id: 0, readable: true, writable: false };
         let client = self.client.as_ref().map(|c| Interest {
             fd: c.stream.fd(),
@@ -106,9 +126,13 @@ impl<D: Debuggee> Server<D> {
             readable: !c.session.is_choked(),
             writable: c.session.pending() > 0,
         });
-        let parting =
-            self.parting.as_ref().map(|p| Interest { fd: p.stream.fd(), id: p.id, readable: false, writable: true });
-        [Some(listener), client, parting].into_iter().flatten()
+        let leaving = self.leaving.iter().map(|l| Interest {
+            fd: l.stream.fd(),
+            id: l.id,
+            readable: true,
+            writable: !l.output.is_empty() && !l.waits,
+        });
+        [Some(listener), client].into_iter().flatten().chain(leaving)
     }
 
     /// Something can be done with `fd`. A descriptor that is not (any more) the server's does
@@ -120,8 +144,10 @@ impl<D: Debuggee> Server<D> {
         if fd == self.listening.fd() {
             return self.accept(target);
         }
-        if self.parting.as_ref().is_some_and(|p| p.stream.fd() == fd) {
-            self.part();
+        if let Some(at) = self.leaving.iter().position(|l| l.stream.fd() == fd) {
+            if self.leaving[at].ready().is_err() {
+                self.leaving.remove(at);
+            }
             return Ok(Outcome::Continue);
         }
         match &mut self.client {
@@ -171,15 +197,25 @@ impl<D: Debuggee> Server<D> {
                     break;
                 }
             };
+            // The one before may be gone, its end unread behind its last packets: a gdb that was
+            // killed and started again is not a second one.
+            for _ in 0..READS_BEFORE_REFUSAL {
+                let Some(fd) = self.client.as_ref().map(|client| client.stream.fd()) else { break };
+                outcome = outcome.and(self.on_ready(fd, target)?);
+            }
+            self.connections += 1;
+            let id = self.connections;
             if self.is_attached() {
-                refuse(stream);
+                tracing::info!("a second debugger is refused");
+                let mut output = vec![b'+'];
+                encode(REFUSAL, &mut output);
+                self.leave(Leaving { stream, id, output, waits: true, finished: false });
                 continue;
             }
             // Whoever connected before and has not said anything is not a debugger.
             match Session::new(&mut target.0) {
                 Ok(session) => {
-                    self.connections += 1;
-                    self.client = Some(Client { stream, id: self.connections, session, input: Vec::new() });
+                    self.client = Some(Client { stream, id, session, input: Vec::new() });
                 }
                 Err(error) => {
                     tracing::warn!("cannot serve a debugger: {error}");
@@ -188,7 +224,7 @@ impl<D: Debuggee> Server<D> {
             }
             // Its first packet is often there already.
             if let Some(fd) = self.client.as_ref().map(|c| c.stream.fd()) {
-                outcome = self.on_ready(fd, target)?;
+                outcome = outcome.and(self.on_ready(fd, target)?);
             }
         }
         Ok(outcome)
@@ -204,8 +240,7 @@ impl<D: Debuggee> Server<D> {
         let Some(mut client) = self.client.take() else { return Ok(Outcome::Continue) };
         let attached = client.session.is_attached();
         let output = std::mem::take(client.session.output());
-        self.parting = Some(Parting { stream: client.stream, id: client.id, output });
-        self.part();
+        self.leave(Leaving { stream: client.stream, id: client.id, output, waits: false, finished: false });
         match flow {
             Flow::On => Ok(Outcome::Continue),
             Flow::Killed => {
@@ -226,16 +261,36 @@ impl<D: Debuggee> Server<D> {
         }
     }
 
-    /// Sends what is left for a client that is gone, as far as it goes.
-    fn part(&mut self) {
-        if let Some(parting) = &mut self.parting {
-            match write_out(&mut parting.stream, &mut parting.output) {
-                Ok(()) if !parting.output.is_empty() => return,
-                Ok(()) => parting.stream.finish(),
-                Err(_) => {}
+    fn leave(&mut self, mut leaving: Leaving) {
+        if leaving.ready().is_ok() {
+            if self.leaving.len() == LEAVING {
+                self.leaving.pop_front();
+            }
+            self.leaving.push_back(leaving);
+        }
+    }
+}
+
+/// What a second debugger shows as the reply to its first packet.
+const REFUSAL: &[u8] = b"E.trapline.another debugger is attached; detach it first";
+
+impl Leaving {
+    /// Reads what is of no interest any more, and writes. An error is the end.
+    fn ready(&mut self) -> io::Result<()> {
+        match self.stream.read(&mut [0; INPUT_CHUNK]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => self.waits = false,
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(error) => return Err(error),
+        }
+        if !self.waits && !self.finished {
+            write_out(&mut self.stream, &mut self.output)?;
+            if self.output.is_empty() {
+                self.finished = true;
+                self.stream.finish()?;
             }
         }
-        self.parting = None;
+        Ok(())
     }
 }
 
@@ -309,15 +364,6 @@ fn write_out(stream: &mut Stream, output: &mut Vec<u8>) -> io::Result<()> {
     result
 }
 
-/// There is one debugger already. A client shows the text as the reply to its first packet.
-fn refuse(mut stream: Stream) {
-    tracing::info!("a second debugger is refused");
-    let mut output = vec![b'+'];
-    encode(b"E.trapline.another debugger is attached; detach it first", &mut output);
-    let _ = write_out(&mut stream, &mut output);
-    stream.finish();
-}
-
 enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
@@ -331,14 +377,12 @@ impl Stream {
         }
     }
 
-    /// Nothing more will be written. Input that was not read would turn the end into an error on
-    /// the other side, and might take our last words with it.
-    fn finish(&mut self) {
-        let _ = self.read(&mut [0; INPUT_CHUNK]);
-        let _ = match self {
+    /// Nothing more will be written.
+    fn finish(&self) -> io::Result<()> {
+        match self {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Write),
             Stream::Unix(stream) => stream.shutdown(Shutdown::Write),
-        };
+        }
     }
 }
 

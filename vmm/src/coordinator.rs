@@ -74,7 +74,7 @@ struct VcpuHandle {
     inbox: mpsc::Sender<Command>,
     thread: Option<thread::JoinHandle<()>>,
     kick: Kick,
-    /// The mode it was last resumed in: what "as before" means for a stop that fails.
+    /// The mode it was last resumed in.
     mode: RunMode,
 }
 
@@ -232,10 +232,10 @@ impl Coordinator {
             }
             Err(error) => {
                 for n in 0..self.vcpus.len() {
-                    // Queued behind the Park that was missed, so that it undoes it.
-                    let mode = self.vcpus[n].mode;
+                    // Queued behind the Park that was missed, so that it undoes it. A vCPU that
+                    // has parked itself stays: its stop is still to be told, and there.
                     let seq = self.next_seq();
-                    self.send(n, seq, Request::Resume(mode));
+                    self.send(n, seq, Request::Unpark);
                 }
                 Err(error)
             }
@@ -291,7 +291,7 @@ impl Coordinator {
             let mode = self.vcpus[vcpu.index()].mode;
             self.ask(vcpu, Request::Resume(mode))?;
         }
-        if self.pending.is_empty() {
+        if !self.pending.iter().any(|stop| self.was_resumed(stop.vcpu)) {
             return Ok(None);
         }
         self.stop()?;
@@ -300,11 +300,15 @@ impl Coordinator {
 
     /// The next stop that nobody was told of, once the world is stopped. Whoever takes it has
     /// been told: the vCPU will step off the breakpoint when it goes on.
+    ///
+    /// Only of vCPUs that were resumed: what was pending on one that stayed parked (under
+    /// scheduler-locking) waits until it is resumed too. gdb does not expect it before.
     pub fn take_stop(&mut self) -> Option<Stop> {
         if self.world != World::Stopped {
             return None;
         }
-        self.take_pending(|_| true)
+        let resumed: Vec<bool> = self.vcpus.iter().map(|vcpu| vcpu.mode != RunMode::Parked).collect();
+        self.take_pending(|vcpu| resumed[vcpu.index()])
     }
 
     /// The registers of a parked vCPU.
@@ -330,11 +334,15 @@ impl Coordinator {
         self.ask_stopped(vcpu, Request::WriteRegisters(Box::new(*registers))).map(|_| ())
     }
 
+    fn was_resumed(&self, vcpu: VcpuId) -> bool {
+        self.vcpus[vcpu.index()].mode != RunMode::Parked
+    }
+
     /// The first vCPU that was resumed last, and not left parked: where a stop that is nobody's
     /// doing is reported.
     pub fn first_resumed(&self) -> VcpuId {
-        let first = self.vcpus.iter().position(|vcpu| vcpu.mode != RunMode::Parked);
-        VcpuId(first.unwrap_or(0) as u32)
+        let vcpus = (0..self.vcpus.len() as u32).map(VcpuId);
+        vcpus.into_iter().find(|&vcpu| self.was_resumed(vcpu)).unwrap_or(VcpuId(0))
     }
 
     /// What a parked vCPU is doing.
@@ -349,17 +357,28 @@ impl Coordinator {
     /// go on: what a client leaves behind is nothing (law 71).
     pub fn release(&mut self, level: Level) -> Result<(), CoordinatorError> {
         self.stop()?;
-        self.clear_level(level).map_err(|error| CoordinatorError::vcpu_error(VcpuId(0), error.to_string()))?;
+        if let Err(error) = self.clear_level(level) {
+            // The guest must not stand still for this: what is left armed stops it now and then,
+            // and whoever owns the run lets it go on.
+            tracing::warn!(%error, "breakpoints that nobody owns any more could not be removed");
+        }
+        let mut panics = Vec::new();
         while let Some(stop) = self.pending.pop_front() {
             self.untell(stop.vcpu);
             // What the guest itself did cannot be dropped.
             if let Some(ending) = ending_of(&stop.reason) {
                 self.ending = Some(ending);
+            } else if stop.reason == StopReason::GuestPanic {
+                panics.push(stop);
             }
         }
         let vcpus = self.vcpus.len();
         if self.ended().is_none() {
             self.resume(&ResumePlan::all(vcpus, RunMode::Continue))?;
+        }
+        // The guest can go on after this one, but whoever owns the run has yet to hear of it.
+        if self.world == World::Running {
+            self.pending.extend(panics);
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! The debug core: what is armed, what a trap means, what happens at resume.
 //!
 //! Everything here is pure: no KVM, no threads, no I/O. One owner (the
-//! [coordinator]) changes the [`SlotTable`]; every change is
+//! [coordinator](crate::coordinator)) changes the [`SlotTable`]; every change is
 //! turned into one immutable [`DebugImage`] that all vCPU threads install; each
 //! vCPU thread reads its own traps against the image *it* had installed.
 //!

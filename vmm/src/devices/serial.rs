@@ -1,8 +1,12 @@
 //! The console: a 16550 at COM1 (vm-superio), its output and its input.
 //!
 //! Input comes from the event loop ([`Serial::push_input`]) and waits in a queue of [`CONSOLE_INPUT_QUEUE`] bytes
-//! until the guest has room in the FIFO, so nothing is lost while the guest is slow. The event loop asks
+//! until the guest listens and has room in the FIFO, so nothing is lost while the guest is slow. The event loop asks
 //! [`Serial::input_room`] before it reads from the terminal, and is told through an eventfd when there is room again.
+//!
+//! A guest listens when it has enabled the interrupt for received data, or when it looks at the line status again and
+//! again. Before that nothing goes into the FIFO: drivers that set up the port read and throw away what is there (Linux
+//! three bytes), and a script piped into the console would lose its beginning.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -23,8 +27,21 @@ pub const PORTS: u16 = 8;
 /// Its interrupt: ISA IRQ 4, edge triggered.
 pub const COM1_IRQ: u32 = 4;
 
-/// Offset of the data register.
+/// Offsets of registers: data, interrupt enable, line control, line status.
 const DATA: u8 = 0;
+const IER: u8 = 1;
+const LCR: u8 = 3;
+const LSR: u8 = 5;
+
+/// Interrupt enable: received data; all of them.
+const IER_RECEIVED: u8 = 1;
+const IER_ALL: u8 = 0x0f;
+/// Line control: offsets 0 and 1 are the baud rate divisor.
+const LCR_DIVISOR: u8 = 0x80;
+
+/// How many looks at the line status, beyond those that go before a byte sent, make a guest one that polls for input.
+/// Linux's set-up does three at most.
+const POLLS: u32 = 8;
 
 /// Where the guest's output goes. Clones write to the same place, one access after the other.
 #[derive(Clone)]
@@ -76,7 +93,16 @@ pub struct SerialError(#[from] io::Error);
 #[derive(Debug)]
 pub struct Serial {
     uart: Uart<Irq, NoEvents, Console>,
+    /// Bytes that the empty FIFO takes.
+    fifo_size: usize,
     queue: VecDeque<u8>,
+    /// The interrupt for received data is enabled...
+    interrupts: bool,
+    /// ... but perhaps only to see whether the bits stick (Linux's detection of the port does that with [`IER_ALL`]): it
+    /// counts from the next access that is no second one to the same register.
+    probing: bool,
+    /// Looks at the line status since the last access to another register.
+    polls: u32,
     room: EventFd,
     waiting: bool,
 }
@@ -84,9 +110,15 @@ pub struct Serial {
 impl Serial {
     /// A port after reset that writes to `console`.
     pub fn new(console: Console) -> Result<Self, SerialError> {
+        let irq = Irq(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let uart = Uart::new(irq, console);
         Ok(Self {
-            uart: Uart::new(Irq(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?), console),
+            fifo_size: uart.fifo_capacity(),
+            uart,
             queue: VecDeque::new(),
+            interrupts: false,
+            probing: false,
+            polls: 0,
             room: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             waiting: false,
         })
@@ -116,15 +148,26 @@ impl Serial {
         while !rest.is_empty() && self.input_room() > 0 {
             let (now, later) = rest.split_at(rest.len().min(self.input_room()));
             self.queue.extend(now);
+            self.probing = false;
             self.fill();
             rest = later;
         }
         bytes.len() - rest.len()
     }
 
-    /// Moves input from the queue to the FIFO as far as there is room (there is none in loopback mode).
+    /// An access to another register than the one that is perhaps only probed.
+    fn end_probe(&mut self, offset: u8) {
+        if offset != IER && self.probing {
+            self.probing = false;
+            self.fill();
+        }
+    }
+
+    /// Moves input from the queue to the FIFO as far as there is room (there is none in loopback mode), if the guest
+    /// listens.
     fn fill(&mut self) {
-        while !self.queue.is_empty() && self.uart.fifo_capacity() > 0 {
+        let listens = self.interrupts && !self.probing || self.polls >= POLLS;
+        while listens && !self.queue.is_empty() && self.uart.fifo_capacity() > 0 {
             let (front, _) = self.queue.as_slices();
             let most = front.len().min(self.uart.fifo_capacity());
             let taken = self.uart.enqueue_raw_bytes(&front[..most]).unwrap_or_else(|error| {
@@ -149,8 +192,17 @@ impl Serial {
 impl Device for Serial {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         for (offset, byte) in (offset as u8..).zip(data) {
+            self.polls = match offset {
+                LSR => self.polls.saturating_add(1),
+                _ => 0,
+            };
+            self.end_probe(offset);
+            if offset == LSR {
+                self.fill();
+            }
             *byte = self.uart.read(offset);
-            if offset == DATA {
+            // Not for every byte that is read: each refill is an interrupt.
+            if offset == DATA && self.uart.fifo_capacity() == self.fifo_size {
                 self.fill();
             }
         }
@@ -158,9 +210,20 @@ impl Device for Serial {
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Option<DeviceEvent> {
         for (offset, byte) in (offset as u8..).zip(data) {
+            self.end_probe(offset);
             if let Err(error) = self.uart.write(offset, *byte) {
                 // The guest cannot be made to wait for a closed terminal; it goes on without.
                 tracing::debug!(%error, "console output lost");
+            }
+            self.polls = match offset {
+                // The look before it was for the transmitter.
+                DATA => self.polls.saturating_sub(1),
+                _ => 0,
+            };
+            if offset == IER && self.uart.read(LCR) & LCR_DIVISOR == 0 {
+                let before = self.interrupts;
+                self.interrupts = byte & IER_RECEIVED != 0;
+                self.probing = !before && byte & IER_ALL == IER_ALL;
             }
             if offset != DATA {
                 self.fill();
@@ -177,8 +240,10 @@ mod tests {
 
     const IER: u16 = COM1 + 1;
     const IIR: u16 = COM1 + 2;
+    const LCR: u16 = COM1 + 3;
     const MCR: u16 = COM1 + 4;
     const LSR: u16 = COM1 + 5;
+    const MSR: u16 = COM1 + 6;
 
     /// A sink that can be looked at.
     #[derive(Clone, Default)]
@@ -234,26 +299,35 @@ mod tests {
         assert_eq!(inb(&bus, LSR) & 0x20, 0x20, "transmitter ready");
     }
 
+    /// What the guest gets when it polls until nothing comes any more.
+    fn poll(bus: &Bus) -> Vec<u8> {
+        let mut got = Vec::new();
+        while (0..=POLLS).any(|_| inb(bus, LSR) & 1 == 1) {
+            got.push(inb(bus, COM1));
+        }
+        got
+    }
+
     #[test]
     fn no_input_is_lost_however_slow_the_guest_is() {
-        let (bus, serial) = com1(io::sink());
-        let room = serial.lock().room_event().unwrap();
-        let sent: Vec<u8> = (0..20_000u32).map(|n| (n % 251) as u8).collect();
-        let (mut given, mut got) = (0, Vec::new());
-        while got.len() < sent.len() {
-            given += serial.lock().push_input(&sent[given..]);
-            if serial.lock().input_room() > 0 {
-                assert_eq!(given, sent.len(), "took less although there was room");
+        for interrupts in [false, true] {
+            let (bus, serial) = com1(io::sink());
+            bus.pio_write(IER, &[interrupts.into()]);
+            let room = serial.lock().room_event().unwrap();
+            let sent: Vec<u8> = (0..20_000u32).map(|n| (n % 251) as u8).collect();
+            let (mut given, mut got) = (0, Vec::new());
+            while got.len() < sent.len() {
+                given += serial.lock().push_input(&sent[given..]);
+                if serial.lock().input_room() > 0 {
+                    assert_eq!(given, sent.len(), "took less although there was room");
+                }
+                got.extend(poll(&bus));
+                if given < sent.len() {
+                    room.read().expect("room event after a full queue");
+                }
             }
-            // The guest reads until nothing is left of what it can see.
-            while inb(&bus, LSR) & 1 == 1 {
-                got.push(inb(&bus, COM1));
-            }
-            if given < sent.len() {
-                room.read().expect("room event after a full queue");
-            }
+            assert_eq!(got, sent);
         }
-        assert_eq!(got, sent);
     }
 
     #[test]
@@ -266,11 +340,73 @@ mod tests {
         assert_eq!(irq.read().unwrap(), 1);
         assert_eq!(inb(&bus, IIR) & 0xf, 4, "received data available");
         assert_eq!(inb(&bus, COM1), b'a');
+        serial.lock().push_input(&[b'b'; 200]);
+        for _ in 0..200 {
+            assert_eq!(inb(&bus, COM1), b'b');
+        }
+        assert!(irq.read().unwrap() >= 1, "an edge for input that came later");
+    }
+
+    #[test]
+    fn a_driver_that_sets_up_the_port_throws_nothing_away() {
+        let (bus, serial) = com1(io::sink());
+        serial.lock().push_input(b"first");
+        // The registers that Linux reads to clear them, the test of the transmitter, the divisor, a message.
+        for _ in 0..3 {
+            for register in [LSR, COM1, IIR, MSR, LSR, LSR] {
+                inb(&bus, register);
+            }
+            bus.pio_write(IER, &[2]);
+            bus.pio_write(IER, &[0x0f]);
+            inb(&bus, IER);
+            bus.pio_write(IER, &[0]);
+            bus.pio_write(LCR, &[0x83]);
+            bus.pio_write(IER, &[1]);
+            bus.pio_write(LCR, &[0x03]);
+            for _ in 0..100 {
+                assert_eq!(inb(&bus, LSR) & 1, 0, "nothing to see yet");
+                bus.pio_write(COM1, b".");
+            }
+        }
+        bus.pio_write(IER, &[5]);
+        assert_eq!(poll(&bus), b"first");
+    }
+
+    #[test]
+    fn a_guest_that_enables_all_interrupts_and_means_it_gets_input() {
+        let (bus, serial) = com1(io::sink());
+        let irq = serial.lock().irq().unwrap();
+        serial.lock().push_input(b"a");
+        bus.pio_write(IER, &[0x0f]);
+        inb(&bus, IER);
+        irq.read().expect("for the transmitter");
+        inb(&bus, IIR);
+        assert_eq!(irq.read().unwrap(), 1, "the first other access shows that it was meant");
+        assert_eq!(inb(&bus, COM1), b'a');
+        bus.pio_write(IER, &[0]);
+        bus.pio_write(IER, &[0x0f]);
+        serial.lock().push_input(b"b");
+        assert_eq!(inb(&bus, COM1), b'b', "and so does time");
+    }
+
+    #[test]
+    fn a_guest_that_polls_between_its_own_output_gets_input() {
+        let (bus, serial) = com1(io::sink());
+        serial.lock().push_input(b"x");
+        // Once for input, once for the transmitter, then a byte sent.
+        let sees = |_| {
+            let input = inb(&bus, LSR) & 1 == 1;
+            inb(&bus, LSR);
+            bus.pio_write(COM1, b".");
+            input
+        };
+        assert!((0..20).any(sees));
     }
 
     #[test]
     fn input_during_loopback_waits() {
         let (bus, serial) = com1(io::sink());
+        bus.pio_write(IER, &[1]);
         bus.pio_write(MCR, &[0x10]);
         assert_eq!(serial.lock().push_input(b"abc"), 3);
         assert_eq!(inb(&bus, LSR) & 1, 0);

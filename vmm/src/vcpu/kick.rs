@@ -5,7 +5,7 @@
 
 use std::cell::Cell;
 use std::io;
-use std::ptr;
+use std::ptr::null_mut;
 use std::sync::OnceLock;
 use std::thread::JoinHandle;
 
@@ -19,15 +19,17 @@ const SIGNAL: c_int = 3;
 thread_local! {
     /// The `kvm_run` page of this thread's vCPU. Const-initialised and without a destructor, so
     /// that the handler can read it at any moment.
-    static RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+    static RUN: Cell<*mut kvm_run> = const { Cell::new(null_mut()) };
 }
 
 extern "C" fn on_kick(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
     let run = RUN.get();
     if !run.is_null() {
         // SAFETY: the pointer was set on this very thread by `receive`, whose caller keeps the
-        // page mapped until it clears it. One byte, written volatile, that only this thread reads.
-        unsafe { ptr::addr_of_mut!((*run).immediate_exit).write_volatile(1) };
+        // page mapped until it clears it.
+        let flag = unsafe { &raw mut (*run).immediate_exit };
+        // SAFETY: one byte of that page, written volatile, that only this thread and KVM read.
+        unsafe { flag.write_volatile(1) };
     }
 }
 

@@ -81,11 +81,10 @@ impl KvmCpu {
                 // SAFETY: KVM_EXIT_IO fills `io`.
                 let io = unsafe { body.io };
                 let len = usize::from(io.size) * io.count as usize;
-                // SAFETY: the kernel puts `count * size` bytes at `data_offset` in the mapped area.
-                let data = unsafe {
-                    let start = run.cast::<u8>().add(io.data_offset as usize);
-                    slice::from_raw_parts_mut(start, len)
-                };
+                // SAFETY: the kernel puts the data at `data_offset` in the mapped area.
+                let start = unsafe { run.cast::<u8>().add(io.data_offset as usize) };
+                // SAFETY: `count * size` bytes of it, which nothing else refers to.
+                let data = unsafe { slice::from_raw_parts_mut(start, len) };
                 if u32::from(io.direction) == KVM_EXIT_IO_OUT {
                     served(bus.pio_write_string(io.port, io.size.into(), data))
                 } else {
@@ -118,17 +117,16 @@ impl KvmCpu {
                 Exit::Crash(Crash::FailEntry { reason })
             }
             KVM_EXIT_INTERNAL_ERROR => {
-                // SAFETY: KVM_EXIT_INTERNAL_ERROR fills `internal`, and `emulation_failure` is
-                // another view of the same words.
-                let (suberror, failure) = unsafe { (body.internal.suberror, body.emulation_failure) };
+                // SAFETY: KVM_EXIT_INTERNAL_ERROR fills `internal`.
+                let suberror = unsafe { body.internal.suberror };
                 if suberror != KVM_INTERNAL_ERROR_EMULATION {
                     return Exit::Crash(Crash::Internal { suberror });
                 }
+                // SAFETY: another view of the same words for this suberror.
+                let failure = unsafe { body.emulation_failure };
                 // SAFETY: plain bytes, valid whatever they are.
-                let (size, bytes) = unsafe {
-                    let insn = failure.__bindgen_anon_1.__bindgen_anon_1;
-                    (usize::from(insn.insn_size), insn.insn_bytes)
-                };
+                let instruction = unsafe { failure.__bindgen_anon_1.__bindgen_anon_1 };
+                let (size, bytes) = (usize::from(instruction.insn_size), instruction.insn_bytes);
                 // Flag 0 says that the bytes are there; they need three words of `data`.
                 let given = failure.flags & 1 != 0 && failure.ndata >= 3;
                 let bytes = if given { bytes[..size.min(bytes.len())].to_vec() } else { self.bytes_at_pc() };
