@@ -125,6 +125,7 @@ fn stdin_may_be_a_file_or_nothing_at_all() {
     assert_eq!(output.status.code(), Some(0));
     assert!(String::from_utf8_lossy(&output.stdout).contains("hello"));
     let mut command = Command::new(env!("CARGO_BIN_EXE_trapline"));
-    let output = command.args(["run", "--timeout", "60s", "--cmdline", "ticks=2"]).stdin(Stdio::null()).output().unwrap();
+    let output =
+        command.args(["run", "--timeout", "60s", "--cmdline", "ticks=2"]).stdin(Stdio::null()).output().unwrap();
     assert_eq!(output.status.code(), Some(0));
 }

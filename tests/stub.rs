@@ -194,7 +194,15 @@ fn a_client_that_vanishes_leaves_a_running_guest() {
 fn garbage_and_half_packets_harm_nobody() {
     let stub = Stub::start(2, None);
     let noise: Vec<u8> = (0..20_000u32).map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
-    for garbage in [&b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"[..], b"$", b"$m0,", b"$m0,8#", b"$m0,8#zz", b"\x03\x03\x03", &noise] {
+    for garbage in [
+        &b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"[..],
+        b"$",
+        b"$m0,",
+        b"$m0,8#",
+        b"$m0,8#zz",
+        b"\x03\x03\x03",
+        &noise,
+    ] {
         let mut client = Client::connect(&stub);
         client.raw(garbage);
         drop(client);

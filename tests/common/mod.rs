@@ -43,7 +43,8 @@ impl Stub {
             .expect("the demo guest boots");
         let mut server = Server::listen(&"127.0.0.1:0".parse().expect("an address"), false).expect("a free port");
         let line = server.listening().to_string();
-        let port: String = line.chars().rev().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).collect();
+        let port: String =
+            line.chars().rev().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).collect();
         let port: u16 = port.chars().rev().collect::<String>().parse().expect("a port");
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = stop.clone();
