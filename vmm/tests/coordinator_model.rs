@@ -15,8 +15,7 @@ use shuttle::sync::{Arc, Mutex};
 use shuttle::thread;
 use trapline_vmm::coordinator::{Coordinator, CoordinatorError, Kick};
 use trapline_vmm::debug::{
-    Breakpoint, BreakpointError, DebugExit, Dr6, Level, Owner, ResumePlan, RunMode, Stop, StopReason, Trigger,
-    VcpuId,
+    Breakpoint, BreakpointError, DebugExit, Dr6, Level, Owner, ResumePlan, RunMode, Stop, StopReason, Trigger, VcpuId,
 };
 use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, Registers};
 
@@ -481,6 +480,9 @@ fn l18_a_vcpu_that_stopped_by_itself_stays_there_when_the_stop_of_the_world_fail
         let range = RunMode::StepRange { start: LOOP, end: LOOP + 3 };
         let plan = ResumePlan::all(2, RunMode::Continue).with(VcpuId(1), range);
         assert_eq!(world.coordinator.resume(&plan).unwrap(), None);
+        while world.probes[1].executed.load(Ordering::SeqCst) == 0 {
+            thread::yield_now();
+        }
         world.probes[1].late.store(5_000, Ordering::SeqCst);
         let refused = loop {
             match world.coordinator.poll() {
@@ -497,7 +499,10 @@ fn l18_a_vcpu_that_stopped_by_itself_stays_there_when_the_stop_of_the_world_fail
         world.probes[1].late.store(0, Ordering::SeqCst);
         while world.coordinator.stop().is_err() {}
         let told = world.coordinator.take_stop();
-        assert_eq!(told, Some(Stop { vcpu: VcpuId(0), reason: StopReason::Watchpoint { request: watch, addr: WATCHED } }));
+        assert_eq!(
+            told,
+            Some(Stop { vcpu: VcpuId(0), reason: StopReason::Watchpoint { request: watch, addr: WATCHED } })
+        );
         assert_eq!(world.counts()[0], 1);
         assert_eq!(world.coordinator.take_stop(), None);
     });

@@ -305,7 +305,9 @@ impl<C: Cpu> VcpuThread<C> {
             self.reflect(|cpu| cpu.reflect_bp());
         }
         if hits.is_empty() {
-            if step {
+            // Who steps over a breakpoint steps over all iterations: they are one crossing.
+            let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(exit.pc));
+            if step && !(goes_on && mode == RunMode::Continue) {
                 self.step_done(mode);
             }
             return;
