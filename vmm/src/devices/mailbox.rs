@@ -10,7 +10,7 @@
 //!     AP:    IN from its port returns            ->  sees id and command, clears the command, goes to the address
 //! ```
 //!
-//! The wait also ends when a signal arrives, so a kicked vCPU leaves it at once, and after [`LONGEST`] in any case.
+//! The wait also ends when a signal arrives, so a kicked vCPU leaves it at once, and after half a second in any case.
 
 use std::io;
 use std::sync::Arc;
