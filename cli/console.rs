@@ -26,6 +26,8 @@ pub(crate) struct ConsoleInput {
     ended: bool,
     /// Stdin is a file: epoll refuses it, and it never blocks.
     pub(crate) always_ready: bool,
+    /// The event loop watches stdin now.
+    pub(crate) watched: bool,
 }
 
 /// Whether the last byte was the escape.
@@ -37,7 +39,7 @@ struct Escape {
 impl ConsoleInput {
     /// Input for `serial`. Escapes are looked for on a terminal only: a pipe carries any bytes.
     pub(crate) fn new(serial: Shared<Serial>, is_terminal: bool) -> Self {
-        Self { serial, escapes: is_terminal.then(Escape::default), ended: false, always_ready: false }
+        Self { serial, escapes: is_terminal.then(Escape::default), ended: false, always_ready: false, watched: false }
     }
 
     pub(crate) fn fd(&self) -> RawFd {
@@ -47,11 +49,6 @@ impl ConsoleInput {
     /// Whether stdin is to be looked at: it has not ended and the guest has room.
     pub(crate) fn wants_input(&self) -> bool {
         !self.ended && self.serial.lock().input_room() > 0
-    }
-
-    /// Whether stdin has nothing more to give.
-    pub(crate) fn has_ended(&self) -> bool {
-        self.ended
     }
 
     /// Takes what stdin has now, as far as the guest has room for it.

@@ -56,7 +56,8 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     drop(symbols);
     Ok(match outcome? {
         Outcome::Verdict(verdict) => {
-            let _ = io::stdout().flush();
+            // Nothing of the console's is buffered; and a vCPU that is stuck in writing to a full
+            // pipe holds the lock that a flush would wait for.
             if verdict != Verdict::Pass {
                 eprintln!("trapline: {verdict}");
             }
@@ -265,7 +266,7 @@ impl Session {
             self.end(Outcome::Verdict(Verdict::TimedOut(time)))?;
         } else if fd == self.room.as_raw_fd() {
             let _ = self.room.read();
-            self.console_ready(ops)?;
+            self.console_has_room(ops)?;
         } else if self.console.as_ref().is_some_and(|console| console.fd() == fd) {
             self.console_ready(ops)?;
         } else if let Some(stub) = &mut self.stub {
@@ -285,22 +286,41 @@ impl Session {
                 break;
             }
         }
-        if !console.always_ready {
-            let wanted = if console.wants_input() { EventSet::IN } else { EventSet::empty() };
-            if console.has_ended() {
-                // A closed pipe would be reported as hung up for ever.
-                let _ = ops.remove(Events::empty_raw(console.fd()));
-            } else {
-                watch(ops, console.fd(), wanted)?;
+        if console.always_ready { Ok(()) } else { self.watch_console(ops) }
+    }
+
+    /// The guest has taken input. Whether there is more is for epoll to say: a read might wait.
+    fn console_has_room(&mut self, ops: &mut EventOps<'_>) -> anyhow::Result<()> {
+        if self.console.as_ref().is_some_and(|console| console.always_ready) {
+            return self.console_ready(ops);
+        }
+        self.watch_console(ops)
+    }
+
+    /// Watches stdin while input is wanted, and only then.
+    fn watch_console(&mut self, ops: &mut EventOps<'_>) -> anyhow::Result<()> {
+        if let Some(console) = &mut self.console {
+            // A closed pipe is reported as hung up for as long as it is watched, whatever for.
+            let wanted = console.wants_input();
+            match (wanted, console.watched) {
+                (true, false) => add(ops, console.fd())?,
+                (false, true) => remove(ops, console.fd())?,
+                _ => {}
             }
+            console.watched = wanted;
         }
         Ok(())
     }
 }
 
-/// Watches `fd` for `events`, whatever it was watched for before.
-fn watch(ops: &mut EventOps<'_>, fd: RawFd, events: EventSet) -> anyhow::Result<()> {
-    ops.modify(Events::new_raw(fd, events)).map_err(|error| anyhow!("the event loop cannot watch a file: {error}"))
+/// Watches `fd` for input.
+fn add(ops: &mut EventOps<'_>, fd: RawFd) -> anyhow::Result<()> {
+    ops.add(Events::new_raw(fd, EventSet::IN)).map_err(|error| anyhow!("the event loop cannot watch a file: {error}"))
+}
+
+/// Watches `fd` no longer.
+fn remove(ops: &mut EventOps<'_>, fd: RawFd) -> anyhow::Result<()> {
+    ops.remove(Events::empty_raw(fd)).map_err(|error| anyhow!("the event loop cannot let go of a file: {error}"))
 }
 
 impl MutEventSubscriber for Session {
@@ -309,15 +329,14 @@ impl MutEventSubscriber for Session {
         let signals = self.signals.each_ref().map(|(_, stream)| stream.as_raw_fd());
         let stub = self.stub.as_ref().map(Stub::fd);
         for fd in fixed.into_iter().chain(signals).chain(stub) {
-            if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
-                self.outcome = Some(Err(anyhow!("the event loop cannot watch a file: {error}")));
+            if let Err(error) = add(ops, fd) {
+                self.outcome = Some(Err(error));
             }
         }
-        if let Some(console) = &mut self.console
-            && ops.add(Events::new_raw(console.fd(), EventSet::IN)).is_err()
-        {
+        if let Some(console) = &mut self.console {
+            console.watched = add(ops, console.fd()).is_ok();
             // A file or /dev/null: always readable, and never by epoll.
-            console.always_ready = true;
+            console.always_ready = !console.watched;
         }
         if self.console.as_ref().is_some_and(|console| console.always_ready)
             && let Err(error) = self.console_ready(ops)

@@ -15,7 +15,7 @@ use shuttle::sync::{Arc, Mutex};
 use shuttle::thread;
 use trapline_vmm::coordinator::{Coordinator, CoordinatorError, Kick};
 use trapline_vmm::debug::{
-    Breakpoint, BreakpointError, DebugExit, Dr6, Level, Owner, ResumePlan, RunMode, Stop, StopReason, VcpuId,
+    Breakpoint, BreakpointError, DebugExit, Dr6, Level, Owner, ResumePlan, RunMode, Stop, StopReason, Trigger, VcpuId,
 };
 use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, Registers};
 
@@ -38,6 +38,10 @@ struct Probe {
     /// Turns that each call of `arm` takes.
     late: AtomicU64,
     arming: Mutex<Option<Arming>>,
+    /// The next instruction at COUNTS tells pvpanic, once.
+    panics: AtomicBool,
+    /// The instruction at COUNTS also stores here: a watchpoint on it triggers.
+    stores_to: AtomicU64,
 }
 
 struct ModelCpu {
@@ -53,12 +57,23 @@ impl ModelCpu {
         if let Some(n) = hit {
             return Some(Exit::Debug(DebugExit { exception: 1, pc: self.pc, dr6: Dr6::RESET | 1 << n }));
         }
+        let mut causes = 0;
         if self.pc == COUNTS {
             self.probe.count.fetch_add(1, Ordering::SeqCst);
+            if self.probe.panics.swap(false, Ordering::SeqCst) {
+                self.pc += 1;
+                return Some(Exit::Served(Some(StopReason::GuestPanic)));
+            }
+            let stored = self.probe.stores_to.load(Ordering::SeqCst);
+            let watch = (0..4).find(|&n| stored != 0 && arming.dr7.is_enabled(n) && arming.addresses[n] == stored);
+            causes = watch.map_or(0, |n| 1 << n);
         }
         self.probe.executed.fetch_add(1, Ordering::SeqCst);
         self.pc = if self.pc == LOOP + 2 { LOOP } else { self.pc + 1 };
-        arming.step.then_some(Exit::Debug(DebugExit { exception: 1, pc: self.pc, dr6: Dr6::RESET | Dr6::BS }))
+        if arming.step {
+            causes |= Dr6::BS;
+        }
+        (causes != 0).then(|| Exit::Debug(DebugExit { exception: 1, pc: self.pc, dr6: Dr6::RESET | causes }))
     }
 }
 
@@ -69,7 +84,7 @@ impl Cpu for ModelCpu {
 
     fn run(&mut self) -> Exit {
         // As KVM_RUN does: the kick is looked at first, and guest code runs until something is.
-        for _ in 0..4 {
+        for _ in 0..16 {
             if self.probe.kicked.load(Ordering::SeqCst) {
                 return Exit::Kicked;
             }
@@ -286,6 +301,70 @@ fn l11_a_hit_that_was_dropped_fires_again_if_the_breakpoint_comes_back() {
 }
 
 #[test]
+fn l13_a_crossing_after_the_breakpoint_came_back_is_told() {
+    check(|| {
+        let mut world = World::new(1);
+        let request = Breakpoint::exec(COUNTS);
+        for round in 0..4 {
+            world.coordinator.set_breakpoint(Owner::GDB, request).unwrap();
+            let before = world.counts()[0];
+            let stop = match world.go() {
+                Some(pending) => pending,
+                None => world.wait(),
+            };
+            assert_eq!(stop.reason, StopReason::Breakpoint(request));
+            assert_eq!(world.counts()[0], before, "round {round}: a crossing was not told");
+            // Round the loop at least once without it. The stop may come anywhere, here as well.
+            world.coordinator.clear_breakpoint(Owner::GDB, request).unwrap();
+            assert_eq!(world.go(), None);
+            while world.counts()[0] < before + 2 {
+                thread::yield_now();
+            }
+            world.coordinator.stop().unwrap();
+        }
+    });
+}
+
+#[test]
+fn l13_a_breakpoint_that_comes_back_at_once_is_not_told_twice() {
+    check(|| {
+        let mut world = World::new(1);
+        let request = Breakpoint::exec(COUNTS);
+        world.coordinator.set_breakpoint(Owner::GDB, request).unwrap();
+        assert_eq!(world.go(), None);
+        world.wait();
+        // Taken away and put back while the vCPU may not have moved at all.
+        world.coordinator.clear_breakpoint(Owner::GDB, request).unwrap();
+        assert_eq!(world.go(), None);
+        world.coordinator.stop().unwrap();
+        world.coordinator.set_breakpoint(Owner::GDB, request).unwrap();
+        let before = world.counts()[0];
+        assert_eq!(world.go(), None);
+        world.wait();
+        let now = world.counts()[0];
+        assert!(now == before && now > 0 || now == 1, "the first crossing was told again");
+    });
+}
+
+#[test]
+fn l22_a_watchpoint_does_not_swallow_the_breakpoint_behind_its_access() {
+    const WATCHED: u64 = 0x8000;
+    check(|| {
+        let mut world = World::new(1);
+        world.probes[0].stores_to.store(WATCHED, Ordering::SeqCst);
+        let (watch, exec) = (Breakpoint::watch(WATCHED, 1, Trigger::Write), Breakpoint::exec(COUNTS + 1));
+        world.coordinator.set_breakpoint(Owner::GDB, watch).unwrap();
+        world.coordinator.set_breakpoint(Owner::GDB, exec).unwrap();
+        for _ in 0..3 {
+            assert_eq!(world.go(), None);
+            assert_eq!(world.wait().reason, StopReason::Watchpoint { request: watch, addr: WATCHED });
+            assert_eq!(world.go(), None);
+            assert_eq!(world.wait().reason, StopReason::Breakpoint(exec));
+        }
+    });
+}
+
+#[test]
 fn l9_breakpoints_change_while_the_guest_runs() {
     check(|| {
         let mut world = World::new(2);
@@ -390,6 +469,46 @@ fn l18_a_stop_that_one_vcpu_misses_lets_the_others_go_on() {
 }
 
 #[test]
+fn l18_a_vcpu_that_stopped_by_itself_stays_there_when_the_stop_of_the_world_fails() {
+    const WATCHED: u64 = 0x8000;
+    check(|| {
+        let mut world = World::new(2);
+        // vCPU 0 stops by itself. vCPU 1 steps on and on, and so arms when it parks: too late.
+        world.probes[0].stores_to.store(WATCHED, Ordering::SeqCst);
+        let watch = Breakpoint::watch(WATCHED, 1, Trigger::Write);
+        world.coordinator.set_breakpoint(Owner::GDB, watch).unwrap();
+        let range = RunMode::StepRange { start: LOOP, end: LOOP + 3 };
+        let plan = ResumePlan::all(2, RunMode::Continue).with(VcpuId(1), range);
+        assert_eq!(world.coordinator.resume(&plan).unwrap(), None);
+        while world.probes[1].executed.load(Ordering::SeqCst) == 0 {
+            thread::yield_now();
+        }
+        world.probes[1].late.store(5_000, Ordering::SeqCst);
+        let refused = loop {
+            match world.coordinator.poll() {
+                Ok(None) => thread::yield_now(),
+                Ok(Some(stop)) => panic!("{stop:?}"),
+                Err(refused) => break refused,
+            }
+        };
+        assert_eq!(refused, CoordinatorError::NoAnswer { vcpu: VcpuId(1) });
+        for _ in 0..20 {
+            thread::yield_now();
+        }
+        assert_eq!(world.counts()[0], 1, "it ran on with a stop that was not told");
+        world.probes[1].late.store(0, Ordering::SeqCst);
+        while world.coordinator.stop().is_err() {}
+        let told = world.coordinator.take_stop();
+        assert_eq!(
+            told,
+            Some(Stop { vcpu: VcpuId(0), reason: StopReason::Watchpoint { request: watch, addr: WATCHED } })
+        );
+        assert_eq!(world.counts()[0], 1);
+        assert_eq!(world.coordinator.take_stop(), None);
+    });
+}
+
+#[test]
 fn c8_a_step_that_another_vcpu_interrupts_leaves_nothing_behind() {
     check(|| {
         let mut world = World::new(2);
@@ -472,6 +591,22 @@ fn l71_release_leaves_nothing_armed_and_everything_running() {
         }
         assert!(world.armed().iter().all(|arming| *arming == Arming::OFF));
         assert!(world.coordinator.breakpoints().is_empty());
+    });
+}
+
+#[test]
+fn l71_release_does_not_drop_what_the_guest_itself_says() {
+    check(|| {
+        let mut world = World::new(2);
+        world.probes[0].panics.store(true, Ordering::SeqCst);
+        world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS + 1)).unwrap();
+        assert_eq!(world.go(), None);
+        let panicked = Stop { vcpu: VcpuId(0), reason: StopReason::GuestPanic };
+        // Told before the debugger goes, or else after.
+        if world.wait() != panicked {
+            world.coordinator.release(Level::Gdb).unwrap();
+            assert_eq!(world.wait(), panicked);
+        }
     });
 }
 

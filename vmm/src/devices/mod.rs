@@ -9,6 +9,7 @@ pub mod debug_ports;
 pub mod exit;
 pub mod fw_cfg;
 pub mod i8042;
+pub mod mailbox;
 pub mod pc;
 pub mod pm;
 pub mod pvpanic;

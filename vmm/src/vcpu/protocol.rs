@@ -23,8 +23,8 @@ pub(crate) enum Request {
     Park,
     /// Go on in this mode.
     Resume(RunMode),
-    /// Undo a [`Park`](Self::Park): go on in this mode, unless the vCPU has parked for a stop of its own.
-    Unpark(RunMode),
+    /// Go on as before, if it was a Park that stopped it and not a reason of its own.
+    Unpark,
     /// What was reported at the present pc was never told to anybody: report it again.
     Untell,
     ReadRegisters,

@@ -29,6 +29,8 @@ enum Kind {
     Syscall,
     /// Waits for an interrupt.
     Halt,
+    /// A string instruction with a REP prefix: it traps between its iterations as well.
+    Repeat,
     Other,
 }
 
@@ -59,10 +61,15 @@ impl Stepped {
         self.waiting
     }
 
+    /// Whether a trap at `pc` is one between two iterations of the instruction, not its end.
+    pub(crate) fn goes_on_at(&self, pc: u64) -> bool {
+        self.kind == Kind::Repeat && pc == self.from
+    }
+
     /// Puts right what the instruction did with the TF that the guest did not set.
     pub(crate) fn end<C: Cpu>(self, cpu: &mut C) {
         let mended = match self.kind {
-            Kind::Halt | Kind::Other => Ok(()),
+            Kind::Halt | Kind::Repeat | Kind::Other => Ok(()),
             Kind::PushFlags(len) => scrub_pushed(cpu, len),
             Kind::Syscall => scrub_r11(cpu),
         };
@@ -80,6 +87,11 @@ fn kind(bytes: &[u8]) -> Kind {
         Code::Pushfw => Kind::PushFlags(2),
         Code::Syscall => Kind::Syscall,
         Code::Hlt => Kind::Halt,
+        _ if instruction.is_string_instruction()
+            && (instruction.has_rep_prefix() || instruction.has_repne_prefix()) =>
+        {
+            Kind::Repeat
+        }
         _ => Kind::Other,
     }
 }
@@ -124,6 +136,11 @@ mod tests {
         assert_eq!(kind(&[0x0f, 0x05]), Kind::Syscall);
         assert_eq!(kind(&[0xf4]), Kind::Halt);
         assert_eq!(kind(&[0x90]), Kind::Other);
+        assert_eq!(kind(&[0xf3, 0xaa]), Kind::Repeat);
+        assert_eq!(kind(&[0xf3, 0x48, 0xa5]), Kind::Repeat);
+        assert_eq!(kind(&[0xf2, 0xae]), Kind::Repeat);
+        assert_eq!(kind(&[0xaa]), Kind::Other);
+        assert_eq!(kind(&[0xf3, 0x90]), Kind::Other, "PAUSE");
         assert_eq!(kind(&[]), Kind::Other);
         assert_eq!(kind(&[0x0f]), Kind::Other);
     }

@@ -24,22 +24,21 @@ enum State {
     Running(RunMode),
 }
 
-/// A stop that was told, until the vCPU has executed the instruction before which it stands.
-///
-/// An execution slot at `pc` has had its say. After a `hit` the vCPU steps off even if the slot is
-/// gone by now: only a step says for sure that the crossing is over, and that the next time the
-/// vCPU is found at `pc` it is another one (law 13).
-#[derive(Clone, Copy)]
-struct Told {
-    pc: u64,
-    hit: bool,
-}
-
 /// What one entry into the guest was armed for.
 struct Entry {
     from: u64,
     stepping: bool,
     expect: Expectation,
+}
+
+/// The last stop, for as long as the vCPU has not left the place.
+#[derive(Debug, Clone, Copy)]
+struct Told {
+    pc: u64,
+    /// The crossing of a breakpoint was told, before its instruction ran. It is over when that
+    /// instruction is done, whether the breakpoint is still armed or not: without a step nobody
+    /// could tell later whether the vCPU never left or has come back (law 13).
+    crossing: bool,
 }
 
 pub(crate) struct VcpuThread<C> {
@@ -50,12 +49,13 @@ pub(crate) struct VcpuThread<C> {
     /// Wakes whoever waits for events elsewhere than in the channel.
     notify: Box<dyn Fn() + Send>,
     state: State,
+    /// The mode in which a Park found it. A stop of its own leaves nothing to go back to.
+    parked_from: Option<RunMode>,
     image: Arc<DebugImage>,
     /// What KVM was last told; `None` when it must be told again.
     armed: Option<Arming>,
+    /// What was told where the vCPU stands.
     told: Option<Told>,
-    /// Parked for a stop of its own, and not resumed since.
-    stopped: bool,
     /// A served access has not been completed yet.
     incomplete: bool,
     /// The instruction that is being stepped, from its first entry until it is done.
@@ -77,10 +77,10 @@ impl<C: Cpu> VcpuThread<C> {
             outbox,
             notify,
             state: State::Parked,
+            parked_from: None,
             image: Arc::default(),
             armed: None,
             told: None,
-            stopped: false,
             incomplete: false,
             stepped: None,
         }
@@ -117,13 +117,18 @@ impl<C: Cpu> VcpuThread<C> {
     fn obey(&mut self, command: Command) {
         let result = match command.request {
             Request::Install(image) => self.install(image).map(|()| Reply::Done),
-            Request::Park => self.park().map(|()| Reply::Done),
+            Request::Park => {
+                if let State::Running(mode) = self.state {
+                    self.parked_from = Some(mode);
+                }
+                self.park().map(|()| Reply::Done)
+            }
             Request::Resume(mode) => {
                 self.resume(mode);
                 Ok(Reply::Done)
             }
-            Request::Unpark(mode) => {
-                if !self.stopped {
+            Request::Unpark => {
+                if let Some(mode) = self.parked_from {
                     self.resume(mode);
                 }
                 Ok(Reply::Done)
@@ -162,8 +167,8 @@ impl<C: Cpu> VcpuThread<C> {
     fn resume(&mut self, mode: RunMode) {
         if mode != RunMode::Parked && matches!(self.state, State::Parked) {
             self.cpu.resumed();
+            self.parked_from = None;
             self.state = State::Running(mode);
-            self.stopped = false;
         }
     }
 
@@ -218,7 +223,7 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// Decides what to arm for the next entry and arms it: the slots, less those that this vCPU
-    /// stands on and was stopped for, and single-step if that is wanted or needed.
+    /// stands on and was stopped at, and single-step if that is wanted or needed.
     fn prepare(&mut self, mode: RunMode) -> io::Result<Entry> {
         let wants_step = mode != RunMode::Continue;
         if !wants_step && self.told.is_none() {
@@ -227,13 +232,11 @@ impl<C: Cpu> VcpuThread<C> {
         }
         let from = self.cpu.pc()?;
         let told = self.told.filter(|told| told.pc == from);
-        let suspended = match told {
-            Some(_) => self.image.exec_slots_at(from).fold(0, |bits, (n, _)| bits | 1 << n),
-            None => 0,
-        };
-        let steps_off = suspended != 0 || told.is_some_and(|told| told.hit);
-        self.told = told.filter(|_| steps_off);
-        let stepping = wants_step || steps_off;
+        // An execution slot here has had its say.
+        let suspended = told.map_or(0, |_| self.image.exec_slots_at(from).fold(0, |bits, (n, _)| bits | 1 << n));
+        let stepping = wants_step || suspended != 0 || told.is_some_and(|told| told.crossing);
+        // Once it runs freely it may come back here, and that is news.
+        self.told = told.filter(|_| stepping);
         let mut arming = Arming::run(&self.image);
         if suspended != 0 {
             arming.dr7 = self.image.dr7_off(from);
@@ -302,7 +305,9 @@ impl<C: Cpu> VcpuThread<C> {
             self.reflect(|cpu| cpu.reflect_bp());
         }
         if hits.is_empty() {
-            if step {
+            // Who steps over a breakpoint steps over all iterations: they are one crossing.
+            let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(exit.pc));
+            if step && !(goes_on && mode == RunMode::Continue) {
                 self.step_done(mode);
             }
             return;
@@ -311,9 +316,9 @@ impl<C: Cpu> VcpuThread<C> {
             // The instruction is done too; the hit is the reason that is told.
             self.end_step();
         }
-        // A watchpoint is told after its instruction: what stands at this pc has not had its say.
-        let hit = hits.iter().any(|(_, request, _)| request.on == Trigger::Execute);
-        self.told = hit.then_some(Told { pc: exit.pc, hit });
+        // A watchpoint says nothing about the instruction behind the access (law 22).
+        let crossing = hits.iter().any(|(_, request, _)| request.on == Trigger::Execute);
+        self.told = crossing.then_some(Told { pc: exit.pc, crossing });
         let mut reasons: Vec<StopReason> = Vec::new();
         for (_, request, addr) in hits {
             let reason = match request.on {
@@ -351,7 +356,7 @@ impl<C: Cpu> VcpuThread<C> {
             RunMode::StepRange { start, end } => !self.cpu.pc().is_ok_and(|pc| (start..end).contains(&pc)),
         };
         if stop {
-            self.told = self.cpu.pc().ok().map(|pc| Told { pc, hit: false });
+            self.told = self.cpu.pc().ok().map(|pc| Told { pc, crossing: false });
             self.stop(vec![StopReason::Step]);
         }
     }
@@ -361,7 +366,7 @@ impl<C: Cpu> VcpuThread<C> {
         if let Err(error) = self.park() {
             tracing::warn!(vcpu = self.id.0, %error, "parked, but its debug registers could not be put back");
         }
-        self.stopped = true;
+        self.parked_from = None;
         self.send(Message::Event(Event { vcpu: self.id, reasons }));
         (self.notify)();
     }
