@@ -306,8 +306,10 @@ impl<C: Cpu> VcpuThread<C> {
         }
         if hits.is_empty() {
             // Who steps over a breakpoint steps over all iterations: they are one crossing.
-            let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(exit.pc));
-            if step && !(goes_on && mode == RunMode::Continue) {
+            let goes_on = self.stepped.as_ref().is_some_and(|stepped| {
+                stepped.has_not_run_at(exit.pc) || stepped.goes_on_at(exit.pc) && mode == RunMode::Continue
+            });
+            if step && !goes_on {
                 self.step_done(mode);
             }
             return;
