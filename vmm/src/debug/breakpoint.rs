@@ -96,7 +96,7 @@ impl Owner {
 pub enum BreakpointError {
     /// All four slots are taken by this level or a higher one.
     #[error(
-        "{request} needs {needed} hardware slots and {free} of 4 are free; delete a breakpoint or watchpoint first"
+        "{request}: hardware slots needed {needed}, free {free} of 4; delete a breakpoint or watchpoint first"
     )]
     NoSlot {
         /// What was asked for.
