@@ -16,7 +16,6 @@ const TRAMPOLINE: u64 = 0x8000;
 
 pub(crate) fn laws() -> Vec<Law> {
     vec![
-        law!(l30_the_guests_debug_registers_stay_its_own),
         law!(l68_an_ap_stops_at_its_first_instruction_in_real_mode, Kick, RealModeSlots),
         law!(l68_an_ap_that_is_armed_stops_where_the_guest_sends_it, Kick),
         law!(l71_release_leaves_nothing_armed, Kick),
@@ -29,19 +28,6 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(registers_that_cannot_be_change_nothing),
         law!(memory_is_read_through_the_guests_own_page_tables),
     ]
-}
-
-/// The guest writes and reads its own DR0-7 while a breakpoint of ours is armed.
-fn l30_the_guests_debug_registers_stay_its_own() {
-    let mut rig = Rig::one("own_dr");
-    let bp = Breakpoint::exec(at("step_begin"));
-    rig.set(bp).unwrap();
-    assert_eq!(rig.run_first(RunMode::Continue), StopReason::GuestExit(0));
-    let saved = |n| rig.word(fixture::saved_address(n).unwrap());
-    assert_eq!([saved(0), saved(1), saved(3)], [fixture::WATCH, at("od_exec"), 0xd040a]);
-    assert_eq!(saved(4), 1, "the instruction under its own breakpoint ran once");
-    let registers = rig.registers(0);
-    assert_eq!([registers.dr[0], registers.dr[1], registers.dr7], [fixture::WATCH, at("od_exec"), 0x400]);
 }
 
 /// Armed before INIT and SIPI (law 68), by linear address: RIP is 0 there.

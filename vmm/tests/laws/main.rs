@@ -19,6 +19,7 @@ mod rig;
 mod spy;
 mod step;
 mod stop_all;
+mod traps;
 mod update;
 
 use std::process::ExitCode;
@@ -31,8 +32,16 @@ fn main() -> ExitCode {
     if !lane::lane().is_empty() {
         arguments.color.get_or_insert(ColorSetting::Never);
     }
-    let laws =
-        [arming::laws(), update::laws(), once::laws(), stop_all::laws(), step::laws(), lifecycle::laws()].concat();
+    let laws = [
+        arming::laws(),
+        update::laws(),
+        once::laws(),
+        stop_all::laws(),
+        traps::laws(),
+        step::laws(),
+        lifecycle::laws(),
+    ]
+    .concat();
     let trials = laws.into_iter().map(law::Law::trial).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }
