@@ -105,7 +105,7 @@ mod tests {
         let mut last = DebugImage::default();
         for &request in requests {
             if let Some(prepared) = table.prepare_set(Owner::GDB, request).unwrap() {
-                last = prepared.image().clone();
+                last = prepared.images().last().unwrap().clone();
                 table.commit(prepared);
             }
         }

@@ -22,5 +22,5 @@ pub use breakpoint::{Breakpoint, BreakpointError, Level, Owner, Trigger};
 pub use classify::{Causes, DebugExit, Expectation, classify};
 pub use image::{DebugImage, Epoch, Slot};
 pub use registers::{Dr6, Dr7, SLOTS, SlotCondition, SlotLen};
-pub use slots::{Prepared, SlotTable};
+pub use slots::{Notice, Prepared, SlotTable};
 pub use stop::{Crash, Ending, ResumePlan, RunMode, Stop, StopReason, VcpuId};
