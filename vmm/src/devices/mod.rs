@@ -3,6 +3,7 @@
 //! Every device is reached through [`Bus`], which any vCPU thread may call. What an access means for the machine as a
 //! whole comes back as a [`DeviceEvent`]; devices stop and end nothing themselves.
 
+pub mod ap_park;
 pub mod bus;
 pub mod cmos;
 pub mod debug_ports;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use super::ap_park::{self, ApPark};
 use super::bus::{Bus, Shared, Taken};
 use super::cmos::{self, Cmos};
 use super::debug_ports::{DEBUGCON_PORT, DebugCon, POST_PORT, PostCode};
@@ -23,6 +24,9 @@ pub enum DeviceError {
     /// The console's eventfds.
     #[error(transparent)]
     Serial(#[from] SerialError),
+    /// The file descriptor that waiting APs wait on.
+    #[error("cannot make an epoll file descriptor: {0}; raise the limit of open files (ulimit -n)")]
+    Epoll(#[from] std::io::Error),
     /// Two devices at one place.
     #[error(transparent)]
     Taken(#[from] Taken),
@@ -66,6 +70,10 @@ impl Pc {
         bus.add_pio(pm::EVENT_PORT, pm::PORTS, &power)?;
         let reset = Shared::new(ResetControl::default());
         bus.add_pio(PCI_CONFIG_PORT, PCI_CONFIG_PORTS, &reset)?;
+        let park = ApPark::new(cpus)?;
+        for id in 1..cpus {
+            bus.add_pio(ap_park::PORT + u16::from(id), 1, &Shared::new(park.clone()))?;
+        }
         Ok(Self { bus: Arc::new(bus), com1, post })
     }
 }

@@ -33,8 +33,9 @@ const IER: u8 = 1;
 const LCR: u8 = 3;
 const LSR: u8 = 5;
 
-/// Interrupt enable: received data.
+/// Interrupt enable: received data; all of them.
 const IER_RECEIVED: u8 = 1;
+const IER_ALL: u8 = 0x0f;
 /// Line control: offsets 0 and 1 are the baud rate divisor.
 const LCR_DIVISOR: u8 = 0x80;
 
@@ -95,8 +96,11 @@ pub struct Serial {
     /// Bytes that the empty FIFO takes.
     fifo_size: usize,
     queue: VecDeque<u8>,
-    /// The interrupt for received data is enabled.
+    /// The interrupt for received data is enabled...
     interrupts: bool,
+    /// ... but perhaps only to see whether the bits stick (Linux's detection of the port does that with [`IER_ALL`]): it
+    /// counts from the next access that is no second one to the same register.
+    probing: bool,
     /// Looks at the line status since the last access to another register.
     polls: u32,
     room: EventFd,
@@ -113,6 +117,7 @@ impl Serial {
             uart,
             queue: VecDeque::new(),
             interrupts: false,
+            probing: false,
             polls: 0,
             room: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             waiting: false,
@@ -143,16 +148,25 @@ impl Serial {
         while !rest.is_empty() && self.input_room() > 0 {
             let (now, later) = rest.split_at(rest.len().min(self.input_room()));
             self.queue.extend(now);
+            self.probing = false;
             self.fill();
             rest = later;
         }
         bytes.len() - rest.len()
     }
 
+    /// An access to another register than the one that is perhaps only probed.
+    fn end_probe(&mut self, offset: u8) {
+        if offset != IER && self.probing {
+            self.probing = false;
+            self.fill();
+        }
+    }
+
     /// Moves input from the queue to the FIFO as far as there is room (there is none in loopback mode), if the guest
     /// listens.
     fn fill(&mut self) {
-        let listens = self.interrupts || self.polls >= POLLS;
+        let listens = self.interrupts && !self.probing || self.polls >= POLLS;
         while listens && !self.queue.is_empty() && self.uart.fifo_capacity() > 0 {
             let (front, _) = self.queue.as_slices();
             let most = front.len().min(self.uart.fifo_capacity());
@@ -182,6 +196,7 @@ impl Device for Serial {
                 LSR => self.polls.saturating_add(1),
                 _ => 0,
             };
+            self.end_probe(offset);
             if offset == LSR {
                 self.fill();
             }
@@ -195,20 +210,24 @@ impl Device for Serial {
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Option<DeviceEvent> {
         for (offset, byte) in (offset as u8..).zip(data) {
+            self.end_probe(offset);
             if let Err(error) = self.uart.write(offset, *byte) {
                 // The guest cannot be made to wait for a closed terminal; it goes on without.
                 tracing::debug!(%error, "console output lost");
             }
-            if offset == DATA {
+            self.polls = match offset {
                 // The look before it was for the transmitter.
-                self.polls = self.polls.saturating_sub(1);
-                continue;
+                DATA => self.polls.saturating_sub(1),
+                _ => 0,
+            };
+            if offset == IER && self.uart.read(LCR) & LCR_DIVISOR == 0 {
+                let before = self.interrupts;
+                self.interrupts = byte & IER_RECEIVED != 0;
+                self.probing = !before && byte & IER_ALL == IER_ALL;
             }
-            self.polls = 0;
-            if self.uart.read(LCR) & LCR_DIVISOR == 0 {
-                self.interrupts = self.uart.read(IER) & IER_RECEIVED != 0;
+            if offset != DATA {
+                self.fill();
             }
-            self.fill();
         }
         None
     }
@@ -338,6 +357,9 @@ mod tests {
                 inb(&bus, register);
             }
             bus.pio_write(IER, &[2]);
+            bus.pio_write(IER, &[0x0f]);
+            inb(&bus, IER);
+            bus.pio_write(IER, &[0]);
             bus.pio_write(LCR, &[0x83]);
             bus.pio_write(IER, &[1]);
             bus.pio_write(LCR, &[0x03]);
@@ -348,6 +370,23 @@ mod tests {
         }
         bus.pio_write(IER, &[5]);
         assert_eq!(poll(&bus), b"first");
+    }
+
+    #[test]
+    fn a_guest_that_enables_all_interrupts_and_means_it_gets_input() {
+        let (bus, serial) = com1(io::sink());
+        let irq = serial.lock().irq().unwrap();
+        serial.lock().push_input(b"a");
+        bus.pio_write(IER, &[0x0f]);
+        inb(&bus, IER);
+        irq.read().expect("for the transmitter");
+        inb(&bus, IIR);
+        assert_eq!(irq.read().unwrap(), 1, "the first other access shows that it was meant");
+        assert_eq!(inb(&bus, COM1), b'a');
+        bus.pio_write(IER, &[0]);
+        bus.pio_write(IER, &[0x0f]);
+        serial.lock().push_input(b"b");
+        assert_eq!(inb(&bus, COM1), b'b', "and so does time");
     }
 
     #[test]
