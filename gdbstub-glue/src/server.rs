@@ -37,6 +37,17 @@ pub enum Outcome {
     Ended,
 }
 
+impl Outcome {
+    /// What two calls in a row have come to: the later one, unless it is nothing, or the run was
+    /// over already.
+    fn and(self, later: Outcome) -> Outcome {
+        match (self, later) {
+            (Outcome::Killed | Outcome::Ended, _) | (_, Outcome::Continue) => self,
+            (_, later) => later,
+        }
+    }
+}
+
 /// A file descriptor to poll, level-triggered. Hang-up and error conditions count as ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Interest {
@@ -189,10 +200,8 @@ impl<D: Debuggee> Server<D> {
             // The one before may be gone, its end unread behind its last packets: a gdb that was
             // killed and started again is not a second one.
             for _ in 0..READS_BEFORE_REFUSAL {
-                match self.client.as_ref().map(|client| client.stream.fd()) {
-                    Some(fd) => outcome = self.on_ready(fd, target)?,
-                    None => break,
-                }
+                let Some(fd) = self.client.as_ref().map(|client| client.stream.fd()) else { break };
+                outcome = outcome.and(self.on_ready(fd, target)?);
             }
             self.connections += 1;
             let id = self.connections;
@@ -215,7 +224,7 @@ impl<D: Debuggee> Server<D> {
             }
             // Its first packet is often there already.
             if let Some(fd) = self.client.as_ref().map(|c| c.stream.fd()) {
-                outcome = self.on_ready(fd, target)?;
+                outcome = outcome.and(self.on_ready(fd, target)?);
             }
         }
         Ok(outcome)

@@ -171,6 +171,9 @@ impl<D: Debuggee> Session<D> {
                 if self.phase == Phase::Silent
                     && let Err(why) = self.attach(target)
                 {
+                    tracing::warn!("a debugger cannot attach: {why}");
+                    let reply = self.front.resume_error(&why);
+                    self.send(&reply);
                     return Flow::Lost(why);
                 }
                 let packet = packet::parse(&body);

@@ -701,6 +701,37 @@ fn a_resumption_that_fails_is_told() {
 }
 
 #[test]
+fn a_guest_that_cannot_be_stopped_or_let_go() {
+    let why = || Some("vCPU 1 did not answer within 5 s".to_owned());
+    let mut talk = Conversation::new(2);
+    talk.target.failing_stop = why();
+    talk.connect();
+    assert_eq!(
+        talk.ask_acked("qSupported:multiprocess+"),
+        "E.trapline.the guest cannot be stopped: vCPU 1 did not answer within 5 s"
+    );
+    assert!(talk.is_closed() && talk.seen().running && !talk.server.is_attached());
+
+    // Ctrl-C: the debugger goes, and with it what it has set.
+    let mut talk = Conversation::attached();
+    talk.say("Z1,1234,1");
+    talk.say("vCont;c");
+    talk.target.failing_stop = why();
+    assert_eq!(talk.raw(b"\x03"), [""; 0]);
+    assert!(talk.is_closed() && talk.seen().running && talk.seen().armed.is_empty());
+
+    // A detach that fails leaves the debugger where it is.
+    let mut talk = Conversation::attached();
+    talk.target.failing_detach = why();
+    assert_eq!(talk.ask("D"), "E.trapline.vCPU 1 did not answer within 5 s");
+    assert!(talk.server.is_attached());
+    // One that is gone cannot be told: the owner of the guest is.
+    talk.target.failing_detach = why();
+    let error = talk.server.disconnect(&mut talk.target).unwrap_err();
+    assert_eq!(error.to_string(), "vCPU 1 did not answer within 5 s");
+}
+
+#[test]
 fn while_the_guest_runs_only_leaving_makes_sense() {
     let mut talk = Conversation::attached();
     talk.say("vCont;c");
@@ -806,6 +837,21 @@ fn a_second_debugger_is_refused_in_words() {
     // The first has noticed nothing.
     assert!(talk.ask("?").starts_with("T05"));
     assert_eq!(talk.outcomes, [Outcome::Attached]);
+}
+
+/// A debugger whose end nobody has read yet does not keep out the one that comes after it; and
+/// what it said last counts.
+#[test]
+fn one_goes_as_another_comes() {
+    for (last_words, outcome) in [(&b""[..], Outcome::Detached), (b"$k#6b", Outcome::Killed)] {
+        let mut talk = Conversation::attached();
+        talk.say("Z1,1004,1");
+        let listener = talk.server.interests().next().unwrap().fd;
+        let second = talk.hand_over(last_words);
+        assert_eq!(talk.server.on_ready(listener, &mut talk.target).unwrap(), outcome);
+        assert!(!talk.server.is_attached() && talk.seen().armed.is_empty() == (outcome == Outcome::Detached));
+        drop(second);
+    }
 }
 
 /// A port scanner does not stop the guest, and does not keep a debugger out.

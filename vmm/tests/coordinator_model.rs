@@ -15,7 +15,8 @@ use shuttle::sync::{Arc, Mutex};
 use shuttle::thread;
 use trapline_vmm::coordinator::{Coordinator, CoordinatorError, Kick};
 use trapline_vmm::debug::{
-    Breakpoint, BreakpointError, DebugExit, Dr6, Level, Owner, ResumePlan, RunMode, Stop, StopReason, VcpuId,
+    Breakpoint, BreakpointError, DebugExit, Dr6, Level, Owner, ResumePlan, RunMode, Stop, StopReason, Trigger,
+    VcpuId,
 };
 use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, Registers};
 
@@ -38,6 +39,8 @@ struct Probe {
     /// Turns that each call of `arm` takes.
     late: AtomicU64,
     arming: Mutex<Option<Arming>>,
+    /// The instruction at COUNTS also stores here: a watchpoint on it triggers.
+    stores_to: AtomicU64,
 }
 
 struct ModelCpu {
@@ -53,12 +56,19 @@ impl ModelCpu {
         if let Some(n) = hit {
             return Some(Exit::Debug(DebugExit { exception: 1, pc: self.pc, dr6: Dr6::RESET | 1 << n }));
         }
+        let mut causes = 0;
         if self.pc == COUNTS {
             self.probe.count.fetch_add(1, Ordering::SeqCst);
+            let stored = self.probe.stores_to.load(Ordering::SeqCst);
+            let watch = (0..4).find(|&n| stored != 0 && arming.dr7.is_enabled(n) && arming.addresses[n] == stored);
+            causes = watch.map_or(0, |n| 1 << n);
         }
         self.probe.executed.fetch_add(1, Ordering::SeqCst);
         self.pc = if self.pc == LOOP + 2 { LOOP } else { self.pc + 1 };
-        arming.step.then_some(Exit::Debug(DebugExit { exception: 1, pc: self.pc, dr6: Dr6::RESET | Dr6::BS }))
+        if arming.step {
+            causes |= Dr6::BS;
+        }
+        (causes != 0).then(|| Exit::Debug(DebugExit { exception: 1, pc: self.pc, dr6: Dr6::RESET | causes }))
     }
 }
 
@@ -69,7 +79,7 @@ impl Cpu for ModelCpu {
 
     fn run(&mut self) -> Exit {
         // As KVM_RUN does: the kick is looked at first, and guest code runs until something is.
-        for _ in 0..4 {
+        for _ in 0..16 {
             if self.probe.kicked.load(Ordering::SeqCst) {
                 return Exit::Kicked;
             }
@@ -281,6 +291,70 @@ fn l11_a_hit_that_was_dropped_fires_again_if_the_breakpoint_comes_back() {
             };
             assert_eq!(stop.vcpu.index(), other);
             assert_eq!(world.counts()[other], before + n, "a crossing was not told");
+        }
+    });
+}
+
+#[test]
+fn l13_a_crossing_after_the_breakpoint_came_back_is_told() {
+    check(|| {
+        let mut world = World::new(1);
+        let request = Breakpoint::exec(COUNTS);
+        for round in 0..4 {
+            world.coordinator.set_breakpoint(Owner::GDB, request).unwrap();
+            let before = world.counts()[0];
+            let stop = match world.go() {
+                Some(pending) => pending,
+                None => world.wait(),
+            };
+            assert_eq!(stop.reason, StopReason::Breakpoint(request));
+            assert_eq!(world.counts()[0], before, "round {round}: a crossing was not told");
+            // Round the loop at least once without it. The stop may come anywhere, here as well.
+            world.coordinator.clear_breakpoint(Owner::GDB, request).unwrap();
+            assert_eq!(world.go(), None);
+            while world.counts()[0] < before + 2 {
+                thread::yield_now();
+            }
+            world.coordinator.stop().unwrap();
+        }
+    });
+}
+
+#[test]
+fn l13_a_breakpoint_that_comes_back_at_once_is_not_told_twice() {
+    check(|| {
+        let mut world = World::new(1);
+        let request = Breakpoint::exec(COUNTS);
+        world.coordinator.set_breakpoint(Owner::GDB, request).unwrap();
+        assert_eq!(world.go(), None);
+        world.wait();
+        // Taken away and put back while the vCPU may not have moved at all.
+        world.coordinator.clear_breakpoint(Owner::GDB, request).unwrap();
+        assert_eq!(world.go(), None);
+        world.coordinator.stop().unwrap();
+        world.coordinator.set_breakpoint(Owner::GDB, request).unwrap();
+        let before = world.counts()[0];
+        assert_eq!(world.go(), None);
+        world.wait();
+        let now = world.counts()[0];
+        assert!(now == before && now > 0 || now == 1, "the first crossing was told again");
+    });
+}
+
+#[test]
+fn l22_a_watchpoint_does_not_swallow_the_breakpoint_behind_its_access() {
+    const WATCHED: u64 = 0x8000;
+    check(|| {
+        let mut world = World::new(1);
+        world.probes[0].stores_to.store(WATCHED, Ordering::SeqCst);
+        let (watch, exec) = (Breakpoint::watch(WATCHED, 1, Trigger::Write), Breakpoint::exec(COUNTS + 1));
+        world.coordinator.set_breakpoint(Owner::GDB, watch).unwrap();
+        world.coordinator.set_breakpoint(Owner::GDB, exec).unwrap();
+        for _ in 0..3 {
+            assert_eq!(world.go(), None);
+            assert_eq!(world.wait().reason, StopReason::Watchpoint { request: watch, addr: WATCHED });
+            assert_eq!(world.go(), None);
+            assert_eq!(world.wait().reason, StopReason::Breakpoint(exec));
         }
     });
 }

@@ -66,6 +66,8 @@ pub struct Fake {
     /// The next calls of these kinds fail with this text.
     pub failing_resume: Option<String>,
     pub failing_set: Option<String>,
+    pub failing_stop: Option<String>,
+    pub failing_detach: Option<String>,
 }
 
 impl Fake {
@@ -106,6 +108,8 @@ impl Fake {
             seen: Arc::new(Mutex::new(Seen { running: true, ..seen })),
             failing_resume: None,
             failing_set: None,
+            failing_stop: None,
+            failing_detach: None,
         }
     }
 
@@ -441,6 +445,9 @@ impl Debuggee for Fake {
     }
 
     fn stop(&mut self) -> Result<Stop, DebuggeeError> {
+        if let Some(why) = self.failing_stop.take() {
+            return Err(error(why));
+        }
         if let Some(plan) = self.running.clone() {
             self.park();
             let lowest = (0..self.registers.len() as u32).map(VcpuId).find(|&v| plan.mode(v) != RunMode::Parked);
@@ -453,6 +460,9 @@ impl Debuggee for Fake {
     }
 
     fn detach(&mut self) -> Result<(), DebuggeeError> {
+        if let Some(why) = self.failing_detach.take() {
+            return Err(error(why));
+        }
         self.armed.clear();
         self.pending.clear();
         self.running = Some(ResumePlan::all(self.registers.len(), RunMode::Continue));

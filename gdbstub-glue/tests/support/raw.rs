@@ -90,6 +90,14 @@ impl Conversation {
         self.settle();
     }
 
+    /// Says something and vanishes, as another one connects, all before the server looks.
+    pub fn hand_over(&mut self, last_words: &[u8]) -> UnixStream {
+        let mut first = self.client.take().unwrap();
+        first.write_all(last_words).unwrap();
+        drop(first);
+        self.another()
+    }
+
     /// Sends a packet and returns what came back, without frames.
     pub fn say(&mut self, body: &str) -> Vec<String> {
         self.say_bytes(body.as_bytes())

@@ -31,6 +31,16 @@ struct Entry {
     expect: Expectation,
 }
 
+/// The last stop, for as long as the vCPU has not left the place.
+#[derive(Debug, Clone, Copy)]
+struct Told {
+    pc: u64,
+    /// The crossing of a breakpoint was told, before its instruction ran. It is over when that
+    /// instruction is done, whether the breakpoint is still armed or not: without a step nobody
+    /// could tell later whether the vCPU never left or has come back (law 13).
+    crossing: bool,
+}
+
 pub(crate) struct VcpuThread<C> {
     id: VcpuId,
     cpu: C,
@@ -42,8 +52,8 @@ pub(crate) struct VcpuThread<C> {
     image: Arc<DebugImage>,
     /// What KVM was last told; `None` when it must be told again.
     armed: Option<Arming>,
-    /// The pc of the last stop. An execution slot there has had its say: the vCPU steps off it.
-    told: Option<u64>,
+    /// What was told where the vCPU stands.
+    told: Option<Told>,
     /// A served access has not been completed yet.
     incomplete: bool,
     /// The instruction that is being stepped, from its first entry until it is done.
@@ -192,7 +202,7 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// Decides what to arm for the next entry and arms it: the slots, less those that this vCPU
-    /// stands on and was stopped for, and single-step if that is wanted or needed.
+    /// stands on and was stopped at, and single-step if that is wanted or needed.
     fn prepare(&mut self, mode: RunMode) -> io::Result<Entry> {
         let wants_step = mode != RunMode::Continue;
         if !wants_step && self.told.is_none() {
@@ -200,14 +210,12 @@ impl<C: Cpu> VcpuThread<C> {
             return Ok(Entry { from: 0, stepping: false, expect: Expectation { stepping: false, suspended: 0 } });
         }
         let from = self.cpu.pc()?;
-        let suspended = match self.told {
-            Some(pc) if pc == from => self.image.exec_slots_at(from).fold(0, |bits, (n, _)| bits | 1 << n),
-            _ => {
-                self.told = None;
-                0
-            }
-        };
-        let stepping = wants_step || suspended != 0;
+        let told = self.told.filter(|told| told.pc == from);
+        // An execution slot here has had its say.
+        let suspended = told.map_or(0, |_| self.image.exec_slots_at(from).fold(0, |bits, (n, _)| bits | 1 << n));
+        let stepping = wants_step || suspended != 0 || told.is_some_and(|told| told.crossing);
+        // Once it runs freely it may come back here, and that is news.
+        self.told = told.filter(|_| stepping);
         let mut arming = Arming::run(&self.image);
         if suspended != 0 {
             arming.dr7 = self.image.dr7_off(from);
@@ -277,7 +285,9 @@ impl<C: Cpu> VcpuThread<C> {
             // The instruction is done too; the hit is the reason that is told.
             self.end_step();
         }
-        self.told = Some(exit.pc);
+        // A watchpoint says nothing about the instruction behind the access (law 22).
+        let crossing = hits.iter().any(|(_, request, _)| request.on == Trigger::Execute);
+        self.told = crossing.then_some(Told { pc: exit.pc, crossing });
         let mut reasons: Vec<StopReason> = Vec::new();
         for (_, request, addr) in hits {
             let reason = match request.on {
@@ -315,7 +325,7 @@ impl<C: Cpu> VcpuThread<C> {
             RunMode::StepRange { start, end } => !self.cpu.pc().is_ok_and(|pc| (start..end).contains(&pc)),
         };
         if stop {
-            self.told = self.cpu.pc().ok();
+            self.told = self.cpu.pc().ok().map(|pc| Told { pc, crossing: false });
             self.stop(vec![StopReason::Step]);
         }
     }
