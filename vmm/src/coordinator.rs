@@ -21,8 +21,8 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::debug::{
-    Breakpoint, BreakpointError, DebugImage, Ending, Level, Notice, Owner, Prepared, ResumePlan, RunMode, SlotTable,
-    Stop, StopReason, VcpuId,
+    Breakpoint, BreakpointError, DebugImage, Ending, Handler, Level, Notice, Owner, Prepared, ResumePlan, RunMode,
+    SlotTable, Stop, StopReason, VcpuId,
 };
 use crate::limits::{ACK_DEADLINE, KICK_INTERVAL};
 use crate::sync::{Arc, Deadline, Missed, mpsc, thread};
@@ -177,7 +177,18 @@ impl Coordinator {
 
     /// Arms `request` on every vCPU, or nowhere. Asking again for what one holds is no error.
     pub fn set_breakpoint(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
-        match self.table.prepare_set(owner, request)? {
+        self.set_trap(owner, request, None)
+    }
+
+    /// As [`set_breakpoint`](Self::set_breakpoint), with a handler that decides about each hit on
+    /// the vCPU's own thread.
+    pub fn set_trap(
+        &mut self,
+        owner: Owner,
+        request: Breakpoint,
+        handler: Option<Handler>,
+    ) -> Result<(), BreakpointError> {
+        match self.table.prepare_set(owner, request, handler)? {
             Some(prepared) => self.apply(prepared),
             None => Ok(()),
         }

@@ -10,7 +10,8 @@
 //! was evicted comes back by itself when there is room again. Either is told as a [`Notice`].
 
 use super::{
-    Breakpoint, BreakpointError, DebugImage, Epoch, Level, Owner, SLOTS, Slot, SlotCondition, SlotLen, Trigger,
+    Breakpoint, BreakpointError, DebugImage, Epoch, Handler, Level, Owner, SLOTS, Slot, SlotCondition, SlotLen,
+    SlotOwner, Trigger,
 };
 
 /// An aligned piece of a request: what one slot can cover.
@@ -22,10 +23,11 @@ struct Chunk {
 }
 
 /// A request that somebody holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Held {
     owner: Owner,
     request: Breakpoint,
+    handler: Option<Handler>,
     /// It has its slots. One that has not waits for them.
     served: bool,
 }
@@ -88,13 +90,18 @@ impl SlotTable {
     /// # Errors
     /// If the request makes no sense in the debug registers, or if not enough slots are free or
     /// held by lower levels only.
-    pub fn prepare_set(&self, owner: Owner, request: Breakpoint) -> Result<Option<Prepared>, BreakpointError> {
+    pub fn prepare_set(
+        &self,
+        owner: Owner,
+        request: Breakpoint,
+        handler: Option<Handler>,
+    ) -> Result<Option<Prepared>, BreakpointError> {
         if self.holds(owner, request) {
             return Ok(None);
         }
         let chunks = split(request)?;
         let mut held = self.held.clone();
-        held.push(Held { owner, request, served: false });
+        held.push(Held { owner, request, handler, served: false });
         let prepared = self.change_to(held);
         if prepared.after.serves(owner, request) {
             return Ok(Some(prepared));
@@ -180,6 +187,13 @@ impl SlotTable {
             .collect()
     }
 
+    fn owners_of(&self, chunk: Chunk) -> Vec<SlotOwner> {
+        let behind = self.held.iter().filter(|held| held.served && wants(held.request, chunk));
+        behind
+            .map(|held| SlotOwner { owner: held.owner, request: held.request, handler: held.handler.clone() })
+            .collect()
+    }
+
     fn next_image(&mut self) -> DebugImage {
         self.epoch = Epoch(self.epoch.0 + 1);
         let slots = std::array::from_fn(|n| {
@@ -187,7 +201,7 @@ impl SlotTable {
                 addr: chunk.addr,
                 len: chunk.len,
                 condition: chunk.condition,
-                owners: self.requests().filter(|(_, request)| wants(*request, chunk)).collect(),
+                owners: self.owners_of(chunk),
             })
         });
         DebugImage::new(self.epoch, slots)
@@ -259,7 +273,7 @@ mod tests {
     const GDB: Owner = Owner::GDB;
 
     fn set(table: &mut SlotTable, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
-        if let Some(prepared) = table.prepare_set(owner, request)? {
+        if let Some(prepared) = table.prepare_set(owner, request, None)? {
             table.commit(prepared);
         }
         Ok(())
@@ -318,7 +332,7 @@ mod tests {
         set(&mut table, GDB, a).unwrap();
         set(&mut table, GDB, b).unwrap();
         clear(&mut table, GDB, a).unwrap();
-        let prepared = table.prepare_set(GDB, Breakpoint::exec(0xc)).unwrap().unwrap();
+        let prepared = table.prepare_set(GDB, Breakpoint::exec(0xc), None).unwrap().unwrap();
         assert_eq!(last(&prepared).addresses()[1], 0xb);
     }
 
@@ -327,7 +341,7 @@ mod tests {
         let mut table = SlotTable::default();
         set(&mut table, GDB, Breakpoint::exec(0xa)).unwrap();
         let before = table.clone();
-        drop(table.prepare_set(GDB, Breakpoint::exec(0xb)).unwrap());
+        drop(table.prepare_set(GDB, Breakpoint::exec(0xb), None).unwrap());
         drop(table.prepare_clear(GDB, Breakpoint::exec(0xa)).unwrap());
         assert_eq!(before.held, table.held);
         assert_eq!(before.assigned, table.assigned);
@@ -341,7 +355,7 @@ mod tests {
         }
         let evicted = (Owner::harness(1), Breakpoint::exec(0x1003));
         let watch = Breakpoint::watch(0x3000, 4, Trigger::Write);
-        let prepared = table.prepare_set(GDB, watch).unwrap().unwrap();
+        let prepared = table.prepare_set(GDB, watch, None).unwrap().unwrap();
         assert_eq!(prepared.notices(), [Notice::Evicted(evicted.0, evicted.1)]);
         table.commit(prepared);
         assert!(!table.requests().any(|request| request == evicted));
@@ -377,14 +391,14 @@ mod tests {
         for i in 0..4 {
             set(&mut table, Owner::harness(1), Breakpoint::exec(0x1000 + i)).unwrap();
         }
-        let prepared = table.prepare_set(GDB, Breakpoint::exec(0x9000)).unwrap().unwrap();
+        let prepared = table.prepare_set(GDB, Breakpoint::exec(0x9000), None).unwrap().unwrap();
         let [between, after] = prepared.images() else { panic!("{:?}", prepared.images()) };
         assert!(between.epoch() < after.epoch());
         let n = after.addresses().iter().position(|&addr| addr == 0x9000).unwrap();
         assert!(between.slots()[n].is_none());
         // Where there is room, one image does.
         clear(&mut table, Owner::harness(1), Breakpoint::exec(0x1000)).unwrap();
-        assert_eq!(table.prepare_set(GDB, Breakpoint::exec(0x9000)).unwrap().unwrap().images().len(), 1);
+        assert_eq!(table.prepare_set(GDB, Breakpoint::exec(0x9000), None).unwrap().unwrap().images().len(), 1);
     }
 
     fn last(prepared: &Prepared) -> &DebugImage {
@@ -456,7 +470,7 @@ mod tests {
                 let mut wanted = shadow.clone();
                 let prepared = if add {
                     wanted.push((owner, request));
-                    match table.prepare_set(owner, request) {
+                    match table.prepare_set(owner, request, None) {
                         Ok(None) => { prop_assert!(held); continue }
                         Ok(Some(prepared)) => prepared,
                         Err(error) => {
