@@ -8,9 +8,25 @@ use trapline_gdbstub_glue::Address;
 use trapline_vmm::boot::{ApStart, Format};
 use trapline_vmm::limits::{MAX_MEMORY, MAX_VCPUS, MIB, MIN_MEMORY};
 
+/// What the help of `run` ends with.
+const RUN_AFTER: &str = "\
+Examples:
+  trapline run --gdb :1234 --wait
+  trapline run vmlinuz --initrd initrd --cpus 2 --cmdline 'console=ttyS0 nokaslr' --gdb :1234 --wait
+
+Exit codes:
+    0  the guest ended by itself, or the debugger killed it
+    1  the guest reported failure: it wrote a value other than 0 to port 0xf4
+    4  the guest's kernel panicked and told pvpanic
+    5  --timeout was over
+    6  the guest died: triple fault, or KVM could not go on
+   64  bad input: command line, kernel, initrd
+   69  this host cannot do it: no usable /dev/kvm, an occupied port
+  130  Ctrl-A x; with another number from 129 on, a signal ended the run (128 + its number)";
+
 /// A debugger that sits under a guest kernel.
 #[derive(Debug, Parser)]
-#[command(name = "trapline", version, about, propagate_version = true)]
+#[command(name = "trapline", version, about, propagate_version = true, arg_required_else_help = false)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -18,7 +34,8 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Boots a guest and runs it, under a gdb stub if asked to
+    /// Boots a guest on KVM and runs it, under a gdb stub if asked to
+    #[command(after_help = RUN_AFTER)]
     Run(RunArgs),
     /// Writes the built-in demo guest, an ELF with symbols, to a file
     DemoGuest {
@@ -29,11 +46,11 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
-    /// Kernel: bzImage, ELF vmlinux, Multiboot 1 image or bare-metal ELF64 [default: the built-in demo guest]
+    /// bzImage, ELF vmlinux, Multiboot 1 image or bare-metal ELF64 [default: the built-in demo guest]
     #[arg(value_name = "KERNEL")]
     pub(crate) kernel: Option<PathBuf>,
 
-    /// The same, as an option
+    /// KERNEL, as an option
     #[arg(long = "kernel", value_name = "FILE", conflicts_with = "kernel")]
     pub(crate) kernel_option: Option<PathBuf>,
 
@@ -57,7 +74,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "ADDR")]
     pub(crate) gdb: Option<Address>,
 
-    /// Let a gdb ADDR that other machines can reach be used: whoever connects controls the guest
+    /// Allow an ADDR that other machines can reach: whoever connects there controls the guest
     #[arg(long, requires = "gdb")]
     pub(crate) gdb_expose: bool,
 

@@ -2,6 +2,7 @@
 
 mod args;
 mod console;
+mod log;
 mod run;
 mod stub;
 mod terminal;
@@ -34,11 +35,7 @@ fn main() -> ExitCode {
             return ExitCode::from(EX_USAGE);
         }
     };
-    tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::from_env("TRAPLINE_LOG"))
-        .with_writer(std::io::stderr)
-        .without_time()
-        .init();
+    log::to_stderr();
     let result = match &cli.command {
         Command::Run(args) => run::run(args),
         Command::DemoGuest { output } => write_demo(output).map(|()| ExitCode::SUCCESS),

@@ -74,7 +74,7 @@ struct VcpuHandle {
     inbox: mpsc::Sender<Command>,
     thread: Option<thread::JoinHandle<()>>,
     kick: Kick,
-    /// The mode it was last resumed in: what "as before" means for a stop that fails.
+    /// The mode it was last resumed in.
     mode: RunMode,
 }
 
@@ -256,10 +256,10 @@ impl Coordinator {
             }
             Err(error) => {
                 for n in 0..self.vcpus.len() {
-                    // Queued behind the Park that was missed, so that it undoes it.
-                    let mode = self.vcpus[n].mode;
+                    // Queued behind the Park that was missed, so that it undoes it. A vCPU that
+                    // has parked itself stays: its stop is still to be told, and there.
                     let seq = self.next_seq();
-                    self.send(n, seq, Request::Resume(mode));
+                    self.send(n, seq, Request::Unpark);
                 }
                 Err(error)
             }
@@ -386,16 +386,23 @@ impl Coordinator {
             // and whoever owns the run lets it go on.
             tracing::warn!(%error, "breakpoints that nobody owns any more could not be removed");
         }
+        let mut panics = Vec::new();
         while let Some(stop) = self.pending.pop_front() {
             self.untell(stop.vcpu);
             // What the guest itself did cannot be dropped.
             if let Some(ending) = ending_of(&stop.reason) {
                 self.ending = Some(ending);
+            } else if stop.reason == StopReason::GuestPanic {
+                panics.push(stop);
             }
         }
         let vcpus = self.vcpus.len();
         if self.ended().is_none() {
             self.resume(&ResumePlan::all(vcpus, RunMode::Continue))?;
+        }
+        // The guest can go on after this one, but whoever owns the run has yet to hear of it.
+        if self.world == World::Running {
+            self.pending.extend(panics);
         }
         Ok(())
     }

@@ -190,7 +190,10 @@ impl Vm {
 
     /// Drops what `level` armed and what was not told yet, and lets the guest go on.
     pub fn release(&mut self, level: Level) -> Result<(), CoordinatorError> {
-        self.coordinator.release(level)
+        self.coordinator.release(level)?;
+        // Something of the guest's own may be left to tell: one more look.
+        let _ = self.events.write(1);
+        Ok(())
     }
 
     /// Ends the guest.

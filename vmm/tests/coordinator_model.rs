@@ -39,6 +39,8 @@ struct Probe {
     /// Turns that each call of `arm` takes.
     late: AtomicU64,
     arming: Mutex<Option<Arming>>,
+    /// The next instruction at COUNTS tells pvpanic, once.
+    panics: AtomicBool,
     /// The instruction at COUNTS also stores here: a watchpoint on it triggers.
     stores_to: AtomicU64,
 }
@@ -59,6 +61,10 @@ impl ModelCpu {
         let mut causes = 0;
         if self.pc == COUNTS {
             self.probe.count.fetch_add(1, Ordering::SeqCst);
+            if self.probe.panics.swap(false, Ordering::SeqCst) {
+                self.pc += 1;
+                return Some(Exit::Served(Some(StopReason::GuestPanic)));
+            }
             let stored = self.probe.stores_to.load(Ordering::SeqCst);
             let watch = (0..4).find(|&n| stored != 0 && arming.dr7.is_enabled(n) && arming.addresses[n] == stored);
             causes = watch.map_or(0, |n| 1 << n);
@@ -464,6 +470,40 @@ fn l18_a_stop_that_one_vcpu_misses_lets_the_others_go_on() {
 }
 
 #[test]
+fn l18_a_vcpu_that_stopped_by_itself_stays_there_when_the_stop_of_the_world_fails() {
+    const WATCHED: u64 = 0x8000;
+    check(|| {
+        let mut world = World::new(2);
+        // vCPU 0 stops by itself. vCPU 1 steps on and on, and so arms when it parks: too late.
+        world.probes[0].stores_to.store(WATCHED, Ordering::SeqCst);
+        let watch = Breakpoint::watch(WATCHED, 1, Trigger::Write);
+        world.coordinator.set_breakpoint(Owner::GDB, watch).unwrap();
+        let range = RunMode::StepRange { start: LOOP, end: LOOP + 3 };
+        let plan = ResumePlan::all(2, RunMode::Continue).with(VcpuId(1), range);
+        assert_eq!(world.coordinator.resume(&plan).unwrap(), None);
+        world.probes[1].late.store(5_000, Ordering::SeqCst);
+        let refused = loop {
+            match world.coordinator.poll() {
+                Ok(None) => thread::yield_now(),
+                Ok(Some(stop)) => panic!("{stop:?}"),
+                Err(refused) => break refused,
+            }
+        };
+        assert_eq!(refused, CoordinatorError::NoAnswer { vcpu: VcpuId(1) });
+        for _ in 0..20 {
+            thread::yield_now();
+        }
+        assert_eq!(world.counts()[0], 1, "it ran on with a stop that was not told");
+        world.probes[1].late.store(0, Ordering::SeqCst);
+        while world.coordinator.stop().is_err() {}
+        let told = world.coordinator.take_stop();
+        assert_eq!(told, Some(Stop { vcpu: VcpuId(0), reason: StopReason::Watchpoint { request: watch, addr: WATCHED } }));
+        assert_eq!(world.counts()[0], 1);
+        assert_eq!(world.coordinator.take_stop(), None);
+    });
+}
+
+#[test]
 fn c8_a_step_that_another_vcpu_interrupts_leaves_nothing_behind() {
     check(|| {
         let mut world = World::new(2);
@@ -619,6 +659,22 @@ fn l29_a_shared_breakpoint_is_told_to_gdb_and_counted_for_the_harness() {
         world.coordinator.stop().unwrap();
         let (hits, count) = (counted.load(Ordering::SeqCst), world.counts()[0]);
         assert!(hits == count || hits == count + 1, "{hits} hits, {count} executions");
+    });
+}
+
+#[test]
+fn l71_release_does_not_drop_what_the_guest_itself_says() {
+    check(|| {
+        let mut world = World::new(2);
+        world.probes[0].panics.store(true, Ordering::SeqCst);
+        world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS + 1)).unwrap();
+        assert_eq!(world.go(), None);
+        let panicked = Stop { vcpu: VcpuId(0), reason: StopReason::GuestPanic };
+        // Told before the debugger goes, or else after.
+        if world.wait() != panicked {
+            world.coordinator.release(Level::Gdb).unwrap();
+            assert_eq!(world.wait(), panicked);
+        }
     });
 }
 

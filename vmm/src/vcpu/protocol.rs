@@ -23,6 +23,8 @@ pub(crate) enum Request {
     Park,
     /// Go on in this mode.
     Resume(RunMode),
+    /// Go on as before, if it was a Park that stopped it and not a reason of its own.
+    Unpark,
     /// What was reported at the present pc was never told to anybody: report it again.
     Untell,
     ReadRegisters,

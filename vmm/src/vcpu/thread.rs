@@ -66,6 +66,8 @@ pub(crate) struct VcpuThread<C> {
     /// Wakes whoever waits for events elsewhere than in the channel.
     notify: Box<dyn Fn() + Send>,
     state: State,
+    /// The mode in which a Park found it. A stop of its own leaves nothing to go back to.
+    parked_from: Option<RunMode>,
     image: Arc<DebugImage>,
     /// What KVM was last told; `None` when it must be told again.
     armed: Option<Arming>,
@@ -92,6 +94,7 @@ impl<C: Cpu> VcpuThread<C> {
             outbox,
             notify,
             state: State::Parked,
+            parked_from: None,
             image: Arc::default(),
             armed: None,
             told: None,
@@ -131,9 +134,20 @@ impl<C: Cpu> VcpuThread<C> {
     fn obey(&mut self, command: Command) {
         let result = match command.request {
             Request::Install(image) => self.install(image).map(|()| Reply::Done),
-            Request::Park => self.park().map(|()| Reply::Done),
+            Request::Park => {
+                if let State::Running(mode) = self.state {
+                    self.parked_from = Some(mode);
+                }
+                self.park().map(|()| Reply::Done)
+            }
             Request::Resume(mode) => {
                 self.resume(mode);
+                Ok(Reply::Done)
+            }
+            Request::Unpark => {
+                if let Some(mode) = self.parked_from {
+                    self.resume(mode);
+                }
                 Ok(Reply::Done)
             }
             Request::Untell => {
@@ -170,6 +184,7 @@ impl<C: Cpu> VcpuThread<C> {
     fn resume(&mut self, mode: RunMode) {
         if mode != RunMode::Parked && matches!(self.state, State::Parked) {
             self.cpu.resumed();
+            self.parked_from = None;
             self.state = State::Running(mode);
         }
     }
@@ -383,6 +398,7 @@ impl<C: Cpu> VcpuThread<C> {
         if let Err(error) = self.park() {
             tracing::warn!(vcpu = self.id.0, %error, "parked, but its debug registers could not be put back");
         }
+        self.parked_from = None;
         self.send(Message::Event(Event { vcpu: self.id, reasons }));
         (self.notify)();
     }
