@@ -171,8 +171,8 @@ impl Coordinator {
     }
 
     /// The requests in force.
-    pub fn breakpoints(&self) -> impl Iterator<Item = (Owner, Breakpoint)> {
-        self.table.requests()
+    pub fn breakpoints(&self) -> Vec<(Owner, Breakpoint)> {
+        self.table.requests().collect()
     }
 
     /// Arms `request` on every vCPU, or nowhere. Asking again for what one holds is no error.
@@ -397,6 +397,10 @@ impl Coordinator {
             }
         }
         let vcpus = self.vcpus.len();
+        if self.image.is_empty() {
+            // No slot is left to step off, and whoever is gone wants no step either.
+            (0..vcpus as u32).for_each(|n| self.untell(VcpuId(n)));
+        }
         if self.ended().is_none() {
             self.resume(&ResumePlan::all(vcpus, RunMode::Continue))?;
         }

@@ -125,7 +125,7 @@ impl Vm {
     }
 
     /// The breakpoints in force.
-    pub fn breakpoints(&self) -> impl Iterator<Item = (Owner, Breakpoint)> {
+    pub fn breakpoints(&self) -> Vec<(Owner, Breakpoint)> {
         self.coordinator.breakpoints()
     }
 

@@ -408,7 +408,7 @@ fn l12_one_failing_vcpu_leaves_every_vcpu_with_the_old_set() {
         let BreakpointError::Apply(why) = refused else { panic!("{refused}") };
         assert!(why.contains("vCPU 1"), "{why}");
         assert_eq!(world.armed(), before, "bit-identical");
-        assert_eq!(world.coordinator.breakpoints().collect::<Vec<_>>(), [(Owner::GDB, old)]);
+        assert_eq!(world.coordinator.breakpoints(), [(Owner::GDB, old)]);
         // And the old one still works, on a vCPU that was switched and switched back.
         assert_eq!(world.go(), None);
         assert_eq!(world.wait().reason, StopReason::Breakpoint(old));
@@ -481,6 +481,9 @@ fn l18_a_vcpu_that_stopped_by_itself_stays_there_when_the_stop_of_the_world_fail
         let range = RunMode::StepRange { start: LOOP, end: LOOP + 3 };
         let plan = ResumePlan::all(2, RunMode::Continue).with(VcpuId(1), range);
         assert_eq!(world.coordinator.resume(&plan).unwrap(), None);
+        while world.probes[1].executed.load(Ordering::SeqCst) == 0 {
+            thread::yield_now();
+        }
         world.probes[1].late.store(5_000, Ordering::SeqCst);
         let refused = loop {
             match world.coordinator.poll() {
@@ -497,7 +500,10 @@ fn l18_a_vcpu_that_stopped_by_itself_stays_there_when_the_stop_of_the_world_fail
         world.probes[1].late.store(0, Ordering::SeqCst);
         while world.coordinator.stop().is_err() {}
         let told = world.coordinator.take_stop();
-        assert_eq!(told, Some(Stop { vcpu: VcpuId(0), reason: StopReason::Watchpoint { request: watch, addr: WATCHED } }));
+        assert_eq!(
+            told,
+            Some(Stop { vcpu: VcpuId(0), reason: StopReason::Watchpoint { request: watch, addr: WATCHED } })
+        );
         assert_eq!(world.counts()[0], 1);
         assert_eq!(world.coordinator.take_stop(), None);
     });
@@ -585,7 +591,7 @@ fn l71_release_leaves_nothing_armed_and_everything_running() {
             thread::yield_now();
         }
         assert!(world.armed().iter().all(|arming| *arming == Arming::OFF));
-        assert_eq!(world.coordinator.breakpoints().count(), 0);
+        assert!(world.coordinator.breakpoints().is_empty());
     });
 }
 

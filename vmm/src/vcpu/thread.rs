@@ -227,6 +227,12 @@ impl<C: Cpu> VcpuThread<C> {
                 return self.stop(vec![StopReason::Crash(crate::debug::Crash::RunFailed { errno })]);
             }
         };
+        if self.halts(&entry) {
+            match self.cpu.halt() {
+                Ok(()) => return self.step_done(mode),
+                Err(error) => tracing::warn!(vcpu = self.id.0, %error, "HLT could not be carried out; KVM steps it"),
+            }
+        }
         // Entering the guest completes whatever access was served before.
         self.incomplete = false;
         let exit = self.cpu.run();
@@ -268,6 +274,14 @@ impl<C: Cpu> VcpuThread<C> {
         let is_gdbs = |slot: &Slot| slot.owners.iter().all(|behind| behind.owner.level == Level::Gdb);
         let heard = self.image.exec_slots_at(pc).filter(|(_, slot)| crossing || is_gdbs(slot));
         heard.fold(0, |bits, (n, _)| bits | 1 << n)
+    }
+
+    /// Whether the step is over a HLT that no armed slot stops at first.
+    fn halts(&self, entry: &Entry) -> bool {
+        let armed = |(n, _): (usize, _)| entry.expect.suspended & 1 << n == 0;
+        entry.stepping
+            && self.stepped.as_ref().is_some_and(Stepped::halts)
+            && !self.image.exec_slots_at(entry.from).any(armed)
     }
 
     fn handle(&mut self, exit: Exit, entry: &Entry, mode: RunMode) {
@@ -314,7 +328,9 @@ impl<C: Cpu> VcpuThread<C> {
             self.reflect(|cpu| cpu.reflect_bp());
         }
         if hits.is_empty() {
-            if step {
+            // Who steps over a breakpoint steps over all iterations: they are one crossing.
+            let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(exit.pc));
+            if step && !(goes_on && mode == RunMode::Continue) {
                 self.step_done(mode);
             }
             return;
