@@ -7,7 +7,7 @@
 
 use std::io;
 
-use iced_x86::{Code, Decoder, DecoderOptions};
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction};
 
 use super::{Activity, Cpu, Registers};
 
@@ -18,6 +18,8 @@ const TF: u64 = 1 << 8;
 pub(crate) struct Stepped {
     from: u64,
     kind: Kind,
+    /// It leads elsewhere: while RIP stands on it, it has not run.
+    leads_on: bool,
     waiting: bool,
 }
 
@@ -41,13 +43,15 @@ impl Stepped {
         let got = cpu.read(pc, &mut bytes);
         // Stepping outside 64-bit mode is exact as well; only what is mended is decoded, and
         // those encodings read the same there.
-        let kind = match kind(&bytes[..got]) {
+        let instruction = decode(&bytes[..got]);
+        let kind = match kind(&instruction) {
             // Elsewhere it faults.
             Kind::Halt if cpu.registers()?.cpl() != 0 => Kind::Other,
             kind => kind,
         };
+        let leads_on = kind != Kind::Repeat && instruction.flow_control() == FlowControl::Next;
         let waiting = cpu.activity()? == Activity::Halted;
-        Ok(Stepped { from: pc, kind, waiting })
+        Ok(Stepped { from: pc, kind, leads_on, waiting })
     }
 
     /// Whether it is a HLT that is to be carried out in place: a step over it ends with the vCPU
@@ -66,6 +70,12 @@ impl Stepped {
         self.kind == Kind::Repeat && pc == self.from
     }
 
+    /// Whether a trap at `pc` says of a step that was none: some VT-x implementations trap once
+    /// more without progress after they have left the guest in between (law 51).
+    pub(crate) fn has_not_run_at(&self, pc: u64) -> bool {
+        self.leads_on && pc == self.from
+    }
+
     /// Puts right what the instruction did with the TF that the guest did not set.
     pub(crate) fn end<C: Cpu>(self, cpu: &mut C) {
         let mended = match self.kind {
@@ -79,8 +89,11 @@ impl Stepped {
     }
 }
 
-fn kind(bytes: &[u8]) -> Kind {
-    let instruction = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
+fn decode(bytes: &[u8]) -> Instruction {
+    Decoder::new(64, bytes, DecoderOptions::NONE).decode()
+}
+
+fn kind(instruction: &Instruction) -> Kind {
     match instruction.code() {
         Code::Pushfq => Kind::PushFlags(8),
         Code::Pushfd => Kind::PushFlags(4),
@@ -128,6 +141,10 @@ fn scrub_r11<C: Cpu>(cpu: &mut C) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn kind(bytes: &[u8]) -> Kind {
+        super::kind(&decode(bytes))
+    }
 
     #[test]
     fn l45_instructions_that_store_rflags_are_known() {

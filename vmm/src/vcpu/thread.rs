@@ -329,20 +329,26 @@ impl<C: Cpu> VcpuThread<C> {
         }
         if hits.is_empty() {
             // Who steps over a breakpoint steps over all iterations: they are one crossing.
-            let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(exit.pc));
-            if step && !(goes_on && mode == RunMode::Continue) {
+            let goes_on = self.stepped.as_ref().is_some_and(|stepped| {
+                stepped.has_not_run_at(exit.pc) || stepped.goes_on_at(exit.pc) && mode == RunMode::Continue
+            });
+            if step && !goes_on {
                 self.step_done(mode);
             }
             return;
+        }
+        // A watchpoint says nothing about the instruction behind the access (law 22), and does not
+        // end a crossing either while a REP goes on.
+        let crossing = hits.iter().any(|(behind, _)| behind.request.on == Trigger::Execute);
+        let gdb_knows = self.told.is_some_and(|told| told.pc == exit.pc);
+        let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(exit.pc));
+        if crossing || !goes_on {
+            self.told = crossing.then_some(Told { pc: exit.pc, crossing });
         }
         if step {
             // The instruction is done too; the hit is the reason that is told.
             self.end_step();
         }
-        // A watchpoint says nothing about the instruction behind the access (law 22).
-        let crossing = hits.iter().any(|(behind, _)| behind.request.on == Trigger::Execute);
-        let gdb_knows = self.told.take().is_some_and(|told| told.pc == exit.pc);
-        self.told = crossing.then_some(Told { pc: exit.pc, crossing });
         let mut reasons: Vec<StopReason> = Vec::new();
         for (behind, addr) in hits {
             let SlotOwner { owner, request, .. } = behind;

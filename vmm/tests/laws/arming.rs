@@ -229,7 +229,7 @@ fn l06_a_hit_on_its_way_is_never_taken_for_the_slots_next_owner() {
         rig.interrupt();
         rig.clear(next).unwrap();
     }
-    assert_eq!(rig.guest_debug_exceptions(), 0);
+    rig.assert_guest_undisturbed();
 }
 
 fn l06_removing_one_leaves_the_others_in_their_slots() {

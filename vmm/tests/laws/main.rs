@@ -23,10 +23,14 @@ mod update;
 
 use std::process::ExitCode;
 
-use libtest_mimic::Arguments;
+use libtest_mimic::{Arguments, ColorSetting};
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
+    // What a lane's console says is read by a script.
+    if !lane::lane().is_empty() {
+        arguments.color.get_or_insert(ColorSetting::Never);
+    }
     let laws =
         [arming::laws(), update::laws(), once::laws(), stop_all::laws(), step::laws(), lifecycle::laws()].concat();
     let trials = laws.into_iter().map(law::Law::trial).collect();

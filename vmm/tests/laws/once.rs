@@ -18,6 +18,8 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l13_a_vcpu_that_came_back_to_its_breakpoint_is_told_of_again, Kick),
         law!(l13_a_vcpu_that_has_not_moved_is_not_told_of_again, Kick),
         law!(l13_every_watched_store_is_told_exactly_once, DataWatch, Kick),
+        law!(l13_a_rep_is_one_crossing),
+        law!(l13_a_watch_hit_within_a_rep_does_not_end_its_crossing, DataWatch),
         law!(l14_all_that_stop_in_one_window_are_told_without_running, Kick),
         law!(l14_a_stop_of_a_vcpu_that_stays_parked_waits, Kick),
         law!(l14_a_stop_request_may_be_answered_by_a_hit, Kick),
@@ -165,7 +167,7 @@ fn l13_exactly_once_in_ring_3() {
         told[cpu as usize] += 1;
     }
     assert!(told.iter().all(|&times| times > 10), "{told:?}");
-    assert_eq!(rig.guest_debug_exceptions(), 0);
+    rig.assert_guest_undisturbed();
 }
 
 /// Told of, let go without the breakpoint, and by chance stopped at the very place again: the next
@@ -236,7 +238,28 @@ fn l13_every_watched_store_is_told_exactly_once() {
     assert_eq!(rig.go(), None);
     wait_for("it to count on", || (rig.field(0, cpu_field::HITS) > 200).then_some(()));
     rig.interrupt();
-    assert_eq!(rig.guest_debug_exceptions(), 0);
+    rig.assert_guest_undisturbed();
+}
+
+fn l13_a_rep_is_one_crossing() {
+    let mut rig = Rig::one("step_rep_long");
+    let bp = Breakpoint::exec(at("s_rep_long"));
+    rig.set(bp).unwrap();
+    assert_eq!(rig.run_first(RunMode::Continue), StopReason::Breakpoint(bp));
+    assert_eq!(rig.run_first(RunMode::Continue), StopReason::GuestExit(0));
+}
+
+/// Three bytes are stored at WATCH + 0x50 by REP STOSB; the second of them is watched.
+fn l13_a_watch_hit_within_a_rep_does_not_end_its_crossing() {
+    let mut rig = Rig::one("watch");
+    let exec = Breakpoint::exec(at("w_stos"));
+    let watch = Breakpoint::watch(fixture::WATCH + 0x51, 1, Trigger::Write);
+    rig.set(exec).unwrap();
+    assert_eq!(rig.run_first(RunMode::Continue), StopReason::Breakpoint(exec));
+    rig.set(watch).unwrap();
+    let hit = StopReason::Watchpoint { request: watch, addr: watch.addr };
+    assert_eq!(rig.run_first(RunMode::Continue), hit);
+    assert_eq!(rig.run_first(RunMode::Continue), StopReason::GuestExit(0));
 }
 
 fn l14_all_that_stop_in_one_window_are_told_without_running() {

@@ -248,10 +248,13 @@ impl Rig {
         [mmio_writes, mmio_reads, port_writes, port_reads]
     }
 
-    /// Debug exceptions and breakpoints that the guest saw.
-    pub(crate) fn guest_debug_exceptions(&self) -> u64 {
+    /// The guest has seen no #DB and no #BP.
+    pub(crate) fn assert_guest_undisturbed(&self) {
         use fixture::cpu_field::{BP, DB};
-        (0..self.cpus() as u32).map(|cpu| self.field(cpu, DB) + self.field(cpu, BP)).sum()
+        for cpu in 0..self.cpus() as u32 {
+            let seen = [self.field(cpu, DB), self.field(cpu, BP)];
+            assert_eq!(seen, [0, 0], "vCPU {cpu} took #DB and #BP: {:x?}", self.log());
+        }
     }
 
     /// Sends `vector` to the local APIC of `cpu`.

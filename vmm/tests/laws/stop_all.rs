@@ -84,7 +84,7 @@ fn c1_every_kind_of_vcpu_stops_and_resumes_1000_times() {
     for (n, write) in rig.mmio.lock().writes.iter().enumerate() {
         assert_eq!(*write, (offset, n as u64 + 1), "a write was lost, doubled or changed");
     }
-    assert_eq!(rig.guest_debug_exceptions(), 0);
+    rig.assert_guest_undisturbed();
 }
 
 /// (t2) Kicks that nobody sent for a reason, far more often than the product sends any.
@@ -338,7 +338,7 @@ fn c8_a_step_that_another_vcpus_stop_ends_leaves_nothing_behind() {
     }
     rig.interrupt();
     assert!(rig.log().iter().all(|entry| entry.vector == u64::from(vector::MESSAGE) && entry.rflags & 0x100 == 0));
-    assert_eq!(rig.guest_debug_exceptions(), 0);
+    rig.assert_guest_undisturbed();
 }
 
 fn c8_a_step_that_is_interrupted_leaves_nothing_behind() {
@@ -355,7 +355,7 @@ fn c8_a_step_that_is_interrupted_leaves_nothing_behind() {
         assert_eq!(rig.coordinator.poll().unwrap(), None, "a step that nobody waits for was told");
         (rig.field(0, cpu_field::WAKEUPS) == 1).then_some(())
     });
-    assert_eq!(rig.guest_debug_exceptions(), 0);
+    rig.assert_guest_undisturbed();
 }
 
 fn c9_an_interrupt_is_told_of_a_vcpu_that_ran() {
