@@ -98,7 +98,7 @@ fn l02_every_vcpu_copies_the_published_image_bit_by_bit() {
             true => rig.clear(bp).unwrap(),
             false => rig.set(bp).unwrap(),
         }
-        published.push(Arming::run(rig.coordinator.image()));
+        published.push(rig.published());
     }
     rig.interrupt();
     for (n, spy) in rig.spies.iter().enumerate() {

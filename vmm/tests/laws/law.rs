@@ -22,6 +22,10 @@ impl Law {
         Law { name: format!("{name}{of}"), needs: needs.to_vec(), run, of }
     }
 
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Ignored, with the reason as its kind, if something is missing.
     pub(crate) fn trial(self) -> Trial {
         let Law { name, needs, run, of } = self;

@@ -26,13 +26,21 @@ use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, ColorSetting};
 
+use law::{Law, law};
+
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // What a lane's console says is read by a script.
     if !lane::lane().is_empty() {
         arguments.color.get_or_insert(ColorSetting::Never);
     }
-    let laws = [
+    let trials = all().into_iter().map(Law::trial).collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn all() -> Vec<Law> {
+    [
+        vec![law!(the_table_of_laws_has_a_row_for_every_test)],
         arming::laws(),
         update::laws(),
         once::laws(),
@@ -41,7 +49,12 @@ fn main() -> ExitCode {
         step::laws(),
         lifecycle::laws(),
     ]
-    .concat();
-    let trials = laws.into_iter().map(law::Law::trial).collect();
-    libtest_mimic::run(&arguments, trials).exit_code()
+    .concat()
+}
+
+fn the_table_of_laws_has_a_row_for_every_test() {
+    let table = include_str!("../../../docs/laws.md");
+    let missing: Vec<_> = all().into_iter().filter(|law| !table.contains(&format!("| `{}` |", law.name()))).collect();
+    let names: Vec<_> = missing.iter().map(Law::name).collect();
+    assert!(names.is_empty(), "docs/laws.md does not know {names:?}");
 }

@@ -5,7 +5,8 @@ use trapline_vmm::debug::{Breakpoint, RunMode, Stop, StopReason, Trigger, VcpuId
 
 use crate::booted::Booted;
 use crate::clock::wait_for;
-use crate::lane::Need::{DataWatch, ExecInRing3, Kick, SeveralHits};
+use crate::lane::Flavour::Pvm;
+use crate::lane::Need::{DataWatch, ExecInRing3, Issue3On, Kick, SeveralHits};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, name};
 
@@ -18,11 +19,14 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l13_a_vcpu_that_came_back_to_its_breakpoint_is_told_of_again, Kick),
         law!(l13_a_vcpu_that_has_not_moved_is_not_told_of_again, Kick),
         law!(l13_every_watched_store_is_told_exactly_once, DataWatch, Kick),
+        law!(l13_exactly_once_on_accesses_to_devices),
+        law!(l13_exactly_once_at_the_end_of_a_fault_handler),
         law!(l13_a_rep_is_one_crossing),
         law!(l13_a_watch_hit_within_a_rep_does_not_end_its_crossing, DataWatch),
         law!(l14_all_that_stop_in_one_window_are_told_without_running, Kick),
         law!(l14_a_stop_of_a_vcpu_that_stays_parked_waits, Kick),
         law!(l14_a_stop_request_may_be_answered_by_a_hit, Kick),
+        law!(l42_a_breakpoint_on_an_instruction_that_faults_is_told_once, Issue3On(&[Pvm])),
         law!(l20_two_slots_hit_by_one_store_are_both_told, DataWatch, SeveralHits),
         law!(l22_a_watch_hit_and_the_breakpoint_behind_it_are_both_told, DataWatch),
         law!(l22_a_step_onto_a_breakpoint_is_a_step_and_then_a_hit_for_nobody),
@@ -238,6 +242,48 @@ fn l13_every_watched_store_is_told_exactly_once() {
     assert_eq!(rig.go(), None);
     wait_for("it to count on", || (rig.field(0, cpu_field::HITS) > 200).then_some(()));
     rig.interrupt();
+    rig.assert_guest_undisturbed();
+}
+
+fn l13_exactly_once_on_accesses_to_devices() {
+    for (property, labels) in [("mmio_loop", ["mmio_write", "mmio_read"]), ("pio_loop", ["pio_out", "pio_in"])] {
+        let mut rig = Rig::one(property);
+        let bps = labels.map(|label| Breakpoint::exec(at(label)));
+        for bp in bps {
+            rig.set(bp).unwrap();
+        }
+        for round in 0..20 {
+            for (n, bp) in bps.into_iter().enumerate() {
+                assert_eq!(rig.run_first(RunMode::Continue), StopReason::Breakpoint(bp), "round {round}");
+                let [mmio_writes, mmio_reads, port_writes, port_reads] = rig.accesses();
+                let done = [mmio_writes + port_writes, mmio_reads + port_reads];
+                assert_eq!(done, [round + n as u64, round], "before {}", labels[n]);
+            }
+        }
+    }
+}
+
+/// Each fault of the guest ends with one IRET, and then the store that faulted counts.
+fn l13_exactly_once_at_the_end_of_a_fault_handler() {
+    let mut rig = Rig::one("fault_pf_loop");
+    let bp = Breakpoint::exec(at("fx_trap_iret"));
+    rig.set(bp).unwrap();
+    for stores in 0..20 {
+        assert_eq!(rig.run_first(RunMode::Continue), StopReason::Breakpoint(bp));
+        assert_eq!((rig.field(0, cpu_field::HITS), rig.log().len() as u64), (stores, stores + 1));
+    }
+    rig.assert_guest_undisturbed();
+}
+
+/// The store faults, the handler maps its page, and it runs again: one crossing.
+fn l42_a_breakpoint_on_an_instruction_that_faults_is_told_once() {
+    let mut rig = Rig::one("fault_pf_loop");
+    let bp = Breakpoint::exec(at("f_pf_loop"));
+    rig.set(bp).unwrap();
+    for stores in 0..20 {
+        assert_eq!(rig.run_first(RunMode::Continue), StopReason::Breakpoint(bp));
+        assert_eq!((rig.field(0, cpu_field::HITS), rig.log().len() as u64), (stores, stores));
+    }
     rig.assert_guest_undisturbed();
 }
 

@@ -22,7 +22,7 @@ use trapline_vmm::devices::bus::{Bus, Device, Shared};
 use trapline_vmm::devices::{DeviceEvent, ExitPort, exit};
 use trapline_vmm::memory::GuestRam;
 use trapline_vmm::paging::{read_physical, write_all_physical};
-use trapline_vmm::vcpu::{Activity, KvmCpu, Registers, kick};
+use trapline_vmm::vcpu::{Activity, Arming, KvmCpu, Registers, kick};
 
 use crate::clock::{Monitor, PATIENCE, wait_for};
 use crate::spy::{Spied, Spy};
@@ -116,6 +116,12 @@ impl Rig {
 
     pub(crate) fn cpus(&self) -> usize {
         self.spies.len()
+    }
+
+    /// What every vCPU that does not step is to be armed with: the image in force, bit by bit.
+    pub(crate) fn published(&self) -> Arming {
+        let image = self.coordinator.image();
+        Arming { addresses: image.addresses(), dr7: image.dr7(), step: false, block_irq: false }
     }
 
     /// All vCPUs in one mode.
