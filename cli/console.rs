@@ -1,80 +1,79 @@
 //! From stdin to the guest's serial port, with an escape on a terminal.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::thread;
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use trapline_vmm::devices::{Serial, Shared};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Ctrl-A: what follows is for us.
 const ESCAPE: u8 = 0x01;
 /// Most bytes taken from stdin at once.
 const CHUNK: usize = 1024;
+/// How often to look for room in a full queue.
+const ROOM_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What the user asked for from within the console.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Asked {
+enum Asked {
     Nothing,
     /// Ctrl-A x.
     Quit,
 }
 
-/// The input side of the console.
-pub(crate) struct ConsoleInput {
-    serial: Shared<Serial>,
-    escapes: Option<Escape>,
-    ended: bool,
-    /// Stdin is a file: epoll refuses it, and it never blocks.
-    pub(crate) always_ready: bool,
+/// Reads stdin for the guest on a thread of its own, until it ends or the process does. Gives an
+/// event that is raised when the user asks for the end of the run.
+///
+/// Not in the event loop: a vCPU that waits for a full pipe behind its console holds the serial
+/// port, and whoever feeds that port waits too. And stdin may be a file, which no epoll takes.
+/// Escapes are looked for on a terminal only: a pipe carries any bytes.
+pub(crate) fn feed(serial: Shared<Serial>, room: EventFd, is_terminal: bool) -> io::Result<EventFd> {
+    let quit = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+    let asked = quit.try_clone()?;
+    thread::Builder::new().name("console".to_owned()).spawn(move || {
+        let mut escapes = is_terminal.then(Escape::default);
+        loop {
+            let most = serial.lock().input_room().min(CHUNK);
+            if most == 0 {
+                // Four kilobytes are waiting for a guest that does not read: there is no hurry.
+                while room.read().is_err() {
+                    thread::sleep(ROOM_INTERVAL);
+                }
+                continue;
+            }
+            let mut bytes = [0; CHUNK];
+            let got = match rustix::io::read(io::stdin(), &mut bytes[..most]) {
+                Ok(0) => return,
+                Ok(got) => got,
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => {
+                    // Whoever shares this terminal with us has made it non-blocking.
+                    let _ = poll(&mut [PollFd::new(&io::stdin(), PollFlags::IN)], None);
+                    continue;
+                }
+                Err(_) => return,
+            };
+            let (input, wants) = match &mut escapes {
+                Some(escape) => escape.filter(&bytes[..got]),
+                None => (bytes[..got].to_vec(), Asked::Nothing),
+            };
+            serial.lock().push_input(&input);
+            if wants == Asked::Quit {
+                let _ = asked.write(1);
+                return;
+            }
+        }
+    })?;
+    Ok(quit)
 }
 
 /// Whether the last byte was the escape.
 #[derive(Debug, Default)]
 struct Escape {
     armed: bool,
-}
-
-impl ConsoleInput {
-    /// Input for `serial`. Escapes are looked for on a terminal only: a pipe carries any bytes.
-    pub(crate) fn new(serial: Shared<Serial>, is_terminal: bool) -> Self {
-        Self { serial, escapes: is_terminal.then(Escape::default), ended: false, always_ready: false }
-    }
-
-    pub(crate) fn fd(&self) -> RawFd {
-        io::stdin().as_raw_fd()
-    }
-
-    /// Whether stdin is to be looked at: it has not ended and the guest has room.
-    pub(crate) fn wants_input(&self) -> bool {
-        !self.ended && self.serial.lock().input_room() > 0
-    }
-
-    /// Whether stdin has nothing more to give.
-    pub(crate) fn has_ended(&self) -> bool {
-        self.ended
-    }
-
-    /// Takes what stdin has now, as far as the guest has room for it.
-    pub(crate) fn pump(&mut self) -> Asked {
-        let room = self.serial.lock().input_room().min(CHUNK);
-        if room == 0 || self.ended {
-            return Asked::Nothing;
-        }
-        let mut bytes = [0; CHUNK];
-        // One read, past the standard library's buffer: what lay there would never become readable.
-        let got = match rustix::io::read(io::stdin(), &mut bytes[..room]) {
-            Ok(got) => got,
-            Err(Errno::AGAIN | Errno::INTR) => return Asked::Nothing,
-            Err(_) => 0,
-        };
-        self.ended = got == 0;
-        let (input, asked) = match &mut self.escapes {
-            Some(escape) => escape.filter(&bytes[..got]),
-            None => (bytes[..got].to_vec(), Asked::Nothing),
-        };
-        self.serial.lock().push_input(&input);
-        asked
-    }
 }
 
 impl Escape {

@@ -4,7 +4,7 @@
 //! everything else through file descriptors.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -25,7 +25,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::args::{ConsoleTarget, RunArgs};
-use crate::console::{Asked, ConsoleInput};
+use crate::console;
 use crate::stub::Stub;
 use crate::terminal::RawTerminal;
 
@@ -46,8 +46,11 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         ConsoleTarget::Stdio => RawTerminal::take().context("cannot use the terminal")?,
         _ => None,
     };
-    if matches!(args.console, ConsoleTarget::Stdio) {
-        session.console = Some(ConsoleInput::new(session.vm.serial().clone(), terminal.is_some()));
+    // A background job that read the terminal would be stopped by SIGTTIN.
+    if matches!(args.console, ConsoleTarget::Stdio) && (terminal.is_some() || !io::stdin().is_terminal()) {
+        let serial = session.vm.serial().clone();
+        let room = serial.lock().room_event()?;
+        session.quit = Some(console::feed(serial, room, terminal.is_some())?);
     }
     session.announce(args, &symbols, terminal.is_some())?;
     let outcome = session.run(args);
@@ -56,7 +59,8 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     drop(symbols);
     Ok(match outcome? {
         Outcome::Verdict(verdict) => {
-            let _ = io::stdout().flush();
+            // Nothing of the console's is buffered; and a vCPU that is stuck in writing to a full
+            // pipe holds the lock that a flush would wait for.
             if verdict != Verdict::Pass {
                 eprintln!("trapline: {verdict}");
             }
@@ -142,9 +146,8 @@ fn is_elf(path: &Path) -> bool {
 struct Session {
     vm: Target<Vm>,
     stub: Option<Stub>,
-    console: Option<ConsoleInput>,
-    /// Says that the guest has room for console input again.
-    room: EventFd,
+    /// The user's wish, from within the console, to end the run.
+    quit: Option<EventFd>,
     timer: TimerFd,
     timeout: Option<Duration>,
     signals: [(i32, UnixStream); 3],
@@ -161,21 +164,11 @@ impl Session {
             Ok((signal, receiver))
         };
         let signals = [listen(SIGINT)?, listen(SIGTERM)?, listen(SIGHUP)?];
-        let room = vm.serial().lock().room_event()?;
         let mut timer = TimerFd::new().map_err(io::Error::from)?;
         if let Some(time) = args.timeout {
             timer.reset(time, None).map_err(io::Error::from)?;
         }
-        Ok(Self {
-            vm: Target::new(vm),
-            stub,
-            console: None,
-            room,
-            timer,
-            timeout: args.timeout,
-            signals,
-            outcome: None,
-        })
+        Ok(Self { vm: Target::new(vm), stub, quit: None, timer, timeout: args.timeout, signals, outcome: None })
     }
 
     /// Says what a user needs to know to go on, on stderr.
@@ -252,85 +245,56 @@ impl Session {
         Ok(())
     }
 
-    fn handle(&mut self, events: Events, ops: &mut EventOps<'_>) -> anyhow::Result<()> {
+    fn handle(&mut self, events: Events) -> anyhow::Result<()> {
         let fd = events.fd();
         if fd == self.vm.events().as_raw_fd() {
-            if let Some(stop) = self.vm.poll()? {
-                self.stopped(stop)?;
+            match self.vm.poll() {
+                Ok(Some(stop)) => self.stopped(stop)?,
+                Ok(None) => {}
+                // A vCPU that is late costs nobody the guest: the stop is still there to be told.
+                Err(error) => {
+                    tracing::warn!("{error}; trying again");
+                    let _ = self.vm.events().write(1);
+                }
             }
         } else if let Some((signal, _)) = self.signals.iter().find(|(_, stream)| stream.as_raw_fd() == fd) {
             self.end(Outcome::Interrupted(*signal))?;
         } else if fd == self.timer.as_raw_fd() {
             let time = self.timeout.unwrap_or_default();
             self.end(Outcome::Verdict(Verdict::TimedOut(time)))?;
-        } else if fd == self.room.as_raw_fd() {
-            let _ = self.room.read();
-            self.console_ready(ops)?;
-        } else if self.console.as_ref().is_some_and(|console| console.fd() == fd) {
-            self.console_ready(ops)?;
+        } else if self.quit.as_ref().is_some_and(|quit| quit.as_raw_fd() == fd) {
+            self.end(Outcome::Interrupted(SIGINT))?;
         } else if let Some(stub) = &mut self.stub {
             stub.ready(&mut self.vm)?;
             self.look_for_the_end();
         }
         Ok(())
     }
-
-    fn console_ready(&mut self, ops: &mut EventOps<'_>) -> anyhow::Result<()> {
-        let Some(console) = &mut self.console else { return Ok(()) };
-        loop {
-            if console.pump() == Asked::Quit {
-                return self.end(Outcome::Interrupted(SIGINT));
-            }
-            if !console.always_ready || !console.wants_input() {
-                break;
-            }
-        }
-        if !console.always_ready {
-            let wanted = if console.wants_input() { EventSet::IN } else { EventSet::empty() };
-            if console.has_ended() {
-                // A closed pipe would be reported as hung up for ever.
-                let _ = ops.remove(Events::empty_raw(console.fd()));
-            } else {
-                watch(ops, console.fd(), wanted)?;
-            }
-        }
-        Ok(())
-    }
 }
 
-/// Watches `fd` for `events`, whatever it was watched for before.
-fn watch(ops: &mut EventOps<'_>, fd: RawFd, events: EventSet) -> anyhow::Result<()> {
-    ops.modify(Events::new_raw(fd, events)).map_err(|error| anyhow!("the event loop cannot watch a file: {error}"))
+/// Watches `fd` for input.
+fn add(ops: &mut EventOps<'_>, fd: RawFd) -> anyhow::Result<()> {
+    ops.add(Events::new_raw(fd, EventSet::IN)).map_err(|error| anyhow!("the event loop cannot watch a file: {error}"))
 }
 
 impl MutEventSubscriber for Session {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let fixed = [self.vm.events().as_raw_fd(), self.timer.as_raw_fd(), self.room.as_raw_fd()];
+        let fixed = [self.vm.events().as_raw_fd(), self.timer.as_raw_fd()];
+        let quit = self.quit.as_ref().map(AsRawFd::as_raw_fd);
         let signals = self.signals.each_ref().map(|(_, stream)| stream.as_raw_fd());
         let stub = self.stub.as_ref().map(Stub::fd);
-        for fd in fixed.into_iter().chain(signals).chain(stub) {
-            if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
-                self.outcome = Some(Err(anyhow!("the event loop cannot watch a file: {error}")));
+        for fd in fixed.into_iter().chain(signals).chain(quit).chain(stub) {
+            if let Err(error) = add(ops, fd) {
+                self.outcome = Some(Err(error));
             }
-        }
-        if let Some(console) = &mut self.console
-            && ops.add(Events::new_raw(console.fd(), EventSet::IN)).is_err()
-        {
-            // A file or /dev/null: always readable, and never by epoll.
-            console.always_ready = true;
-        }
-        if self.console.as_ref().is_some_and(|console| console.always_ready)
-            && let Err(error) = self.console_ready(ops)
-        {
-            self.outcome = Some(Err(error));
         }
     }
 
-    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+    fn process(&mut self, events: Events, _: &mut EventOps<'_>) {
         if self.outcome.is_some() {
             return;
         }
-        if let Err(error) = self.handle(events, ops) {
+        if let Err(error) = self.handle(events) {
             self.outcome = Some(Err(error));
         }
     }

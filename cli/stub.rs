@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
 use anyhow::Context;
-use trapline_gdbstub_glue::{Address, Listening, Outcome, Server, Target};
+use trapline_gdbstub_glue::{Address, DebuggeeError, Listening, Outcome, Server, Target};
 use trapline_vmm::Vm;
 use trapline_vmm::debug::Stop;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -59,14 +59,14 @@ impl Stub {
             Err(error) => return Err(error).context("the stub's event loop failed"),
         };
         for event in &events[..count] {
-            log(self.server.on_ready(event.fd(), vm)?);
+            log(self.server.on_ready(event.fd(), vm));
         }
         self.watch()
     }
 
     /// Tells the debugger about a stop.
     pub(crate) fn stopped(&mut self, stop: Stop, vm: &mut Target<Vm>) -> anyhow::Result<()> {
-        log(self.server.on_stop(stop, vm)?);
+        log(self.server.on_stop(stop, vm));
         self.watch()
     }
 
@@ -106,10 +106,12 @@ impl Stub {
     }
 }
 
-/// What the stub came to is read from the machine; for a person it is a line in the log.
-fn log(outcome: Outcome) {
+/// What the stub came to is read from the machine; for a person it is a line in the log. A guest
+/// that could not be let go when its debugger went is not lost: the next one finds it.
+fn log(outcome: Result<Outcome, DebuggeeError>) {
     match outcome {
-        Outcome::Continue => {}
-        outcome => tracing::debug!(?outcome, "stub"),
+        Ok(Outcome::Continue) => {}
+        Ok(outcome) => tracing::debug!(?outcome, "stub"),
+        Err(error) => tracing::warn!("the debugger is gone and the guest could not be let go: {error}"),
     }
 }

@@ -7,6 +7,7 @@ mod support;
 use proptest::prelude::*;
 use support::fake::Fake;
 use support::raw::{Conversation, frame};
+use trapline_gdbstub_glue::Outcome;
 
 /// Pieces of packets, well-formed and not.
 fn packet() -> impl Strategy<Value = Vec<u8>> {
@@ -77,7 +78,7 @@ fn input() -> impl Strategy<Value = Input> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn nothing_is_left_of_any_client(inputs in proptest::collection::vec(input(), 0..40), stopped in any::<bool>()) {
@@ -104,11 +105,15 @@ proptest! {
         let seen = talk.seen();
         prop_assert!(!talk.server.is_attached());
         prop_assert!(seen.armed.is_empty());
-        prop_assert!(!seen.killed, "nothing here kills");
-        let attached = talk.outcomes.iter().filter(|o| **o == trapline_gdbstub_glue::Outcome::Attached).count();
-        let over = talk.outcomes.contains(&trapline_gdbstub_glue::Outcome::Ended);
-        prop_assert!(seen.running || over || attached == 0, "{}", talk.transcript);
-        prop_assert!(over || seen.detached >= attached);
+        // One that attaches and detaches in one breath is told as detached.
+        let detached = talk.outcomes.iter().filter(|o| **o == Outcome::Detached).count();
+        // A client may kill, with a `k` among its noise, and may write code that ends the guest.
+        let over = seen.killed || seen.ended;
+        prop_assert!(seen.running || over || (detached == 0 && stopped), "{}", talk.transcript);
+        prop_assert!(seen.detached == detached || over, "{}", talk.transcript);
+        if over {
+            return Ok(());
+        }
         // And the next client finds a working stub.
         talk.connect();
         let replies = talk.say("?");

@@ -693,8 +693,11 @@ fn a_stop_out_of_turn_waits() {
 fn a_resumption_that_fails_is_told() {
     let mut talk = Conversation::attached();
     talk.target.failing_resume = Some("vCPU 2 did not answer within 5 s".into());
+    assert_eq!(talk.ask("Hg3"), "OK");
+    assert_eq!(talk.ask("p0"), "a000000002000000");
     assert_eq!(talk.ask("vCont;c"), "E.trapline.vCPU 2 did not answer within 5 s");
-    // The client can go on.
+    // The client can go on where it was.
+    assert_eq!(talk.ask("p0"), "a000000002000000");
     assert!(talk.ask("?").starts_with("T05"));
     assert_eq!(talk.say("vCont;c"), [""; 0]);
     assert!(talk.seen().running);

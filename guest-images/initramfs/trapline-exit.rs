@@ -25,7 +25,10 @@ fn main() {
              in("rsi") 1usize, in("rdx") 1usize, out("rcx") _, out("r11") _, options(nostack));
     }
     if result != 0 {
-        fail(&format!("ioperm refused port {EXIT_PORT:#x} (errno {})", -result));
+        fail(&format!(
+            "ioperm refused port {EXIT_PORT:#x} (errno {})",
+            -result
+        ));
     }
     // SAFETY: ioperm granted this one port; the write has no effect on this process's memory.
     unsafe {

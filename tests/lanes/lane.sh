@@ -92,10 +92,11 @@ boot() {
 finish_job() {
     until [ -s "$job/exit" ]; do
         if ! running; then
-            # What the end of L1 and its last words have in common is that both are there now.
+            # Its last words may still be on their way through the reader.
             sleep 0.5
-            [ -s "$job/exit" ] || { why='L1 died while the command ran' && lane_failed; }
-            break
+            [ ! -s "$job/exit" ] || break
+            why='L1 died while the command ran'
+            lane_failed
         fi
         # Whoever read the output is gone, as with a closed pipe.
         kill -0 "${readers[0]}" 2>/dev/null || [ -s "$job/exit" ] || exit 141

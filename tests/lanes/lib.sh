@@ -87,36 +87,37 @@ candidate() {
     [ "$version" = '(none)' ] || printf '%s' "$version"
 }
 
-# apt_install [-t SUITE] PACKAGE...: installs those that are missing (all of them, with -t).
+apt_get_install() {
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends \
+        -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 install "$@"
+}
+
+# apt_install PACKAGE...: installs those that are missing. A package may need exactly the version
+# of a library that a newer one from the backports has replaced; then it comes from there, too.
 apt_install() {
-    local suite=() missing=() package
-    if [ "$1" = -t ]; then
-        suite=(-t "$2")
-        shift 2
-    fi
+    local missing=() package
     for package in "$@"; do
-        if [ ${#suite[@]} -gt 0 ] || ! is_installed "$package"; then
-            missing+=("$package")
-        fi
+        is_installed "$package" || missing+=("$package")
     done
     [ ${#missing[@]} -gt 0 ] || return 0
     apt_update
     note "installing ${missing[*]}"
-    quietly as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends \
-        -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "${suite[@]}" install "${missing[@]}" ||
+    apt_get_install "${missing[@]}" >/dev/null 2>&1 ||
+        apt_get_install -t "$(codename)-backports" "${missing[@]}" >/dev/null 2>&1 ||
+        quietly apt_get_install "${missing[@]}" ||
         die 69 "apt-get could not install: ${missing[*]}"
 }
 
+codename() {
+    # shellcheck source=/dev/null
+    (. /etc/os-release && printf '%s' "${VERSION_CODENAME:-}")
+}
+
 # apt_fetch PACKAGE DIR: the package's file into DIR, not installed. A list that is older than
-# the archive names files that are gone, so one failure leads to an update and a second try.
+# the archive names files that are gone, so a failure leads to an update and a second try.
 apt_fetch() {
-    local try
-    for try in 1 2; do
-        if (cd "$2" && quietly apt-get -q -o Acquire::Retries=3 -o APT::Sandbox::User="$(id -un)" \
-            download "$1"); then
-            return 0
-        fi
-        [ "$try" = 2 ] || apt_update
-    done
-    die 69 "could not download the package $1: check the network"
+    local get=(apt-get -q -o Acquire::Retries=3 -o "APT::Sandbox::User=$(id -un)" download "$1")
+    (cd "$2" && "${get[@]}" >/dev/null 2>&1) && return 0
+    apt_update
+    (cd "$2" && quietly "${get[@]}") || die 69 "could not download the package $1: check the network"
 }

@@ -21,8 +21,8 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::debug::{
-    Breakpoint, BreakpointError, DebugImage, Ending, Level, Owner, Prepared, ResumePlan, RunMode, SlotTable, Stop,
-    StopReason, VcpuId,
+    Breakpoint, BreakpointError, DebugImage, Ending, Handler, Level, Notice, Owner, Prepared, ResumePlan, RunMode,
+    SlotTable, Stop, StopReason, VcpuId,
 };
 use crate::limits::{ACK_DEADLINE, KICK_INTERVAL};
 use crate::sync::{Arc, Deadline, Missed, mpsc, thread};
@@ -99,6 +99,8 @@ pub struct Coordinator {
     ending: Option<Ending>,
     /// Registers of parked vCPUs, as far as somebody has asked. Valid while the world stands.
     registers: Vec<Option<Registers>>,
+    /// Evictions and returns that nobody has asked about yet.
+    notices: Vec<Notice>,
     seq: u64,
 }
 
@@ -140,6 +142,7 @@ impl Coordinator {
             world: World::Stopped,
             pending: VecDeque::new(),
             ending: None,
+            notices: Vec::new(),
             seq: 0,
         })
     }
@@ -168,13 +171,24 @@ impl Coordinator {
     }
 
     /// The requests in force.
-    pub fn breakpoints(&self) -> &[(Owner, Breakpoint)] {
-        self.table.requests()
+    pub fn breakpoints(&self) -> Vec<(Owner, Breakpoint)> {
+        self.table.requests().collect()
     }
 
     /// Arms `request` on every vCPU, or nowhere. Asking again for what one holds is no error.
     pub fn set_breakpoint(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
-        match self.table.prepare_set(owner, request)? {
+        self.set_trap(owner, request, None)
+    }
+
+    /// As [`set_breakpoint`](Self::set_breakpoint), with a handler that decides about each hit on
+    /// the vCPU's own thread.
+    pub fn set_trap(
+        &mut self,
+        owner: Owner,
+        request: Breakpoint,
+        handler: Option<Handler>,
+    ) -> Result<(), BreakpointError> {
+        match self.table.prepare_set(owner, request, handler)? {
             Some(prepared) => self.apply(prepared),
             None => Ok(()),
         }
@@ -194,27 +208,37 @@ impl Coordinator {
         }
     }
 
-    /// Install on all, then commit; or put back what was, on all.
+    /// What changes did to requests that nobody asked about in them, oldest first (law 27).
+    pub fn take_notices(&mut self) -> Vec<Notice> {
+        std::mem::take(&mut self.notices)
+    }
+
+    /// Install on all, image by image, then commit; or put back what was, on all.
     fn apply(&mut self, prepared: Prepared) -> Result<(), BreakpointError> {
-        let image = Arc::new(prepared.image().clone());
-        match self.ask_all(&Request::Install(image.clone())) {
-            Ok(()) => {
-                self.table.commit(prepared);
-                self.image = image;
-                Ok(())
-            }
-            Err(error) => {
-                self.table.skip_epoch(image.epoch());
-                let mut why = error.to_string();
-                if let Err(undo) = self.ask_all(&Request::Install(self.image.clone()))
-                    && undo != error
-                {
-                    // Nothing is left to try: say which vCPU may disagree with the others.
-                    why = format!("{why}; and then {undo}");
-                }
-                Err(BreakpointError::Apply(why))
+        let mut newest = self.image.clone();
+        for image in prepared.images() {
+            newest = Arc::new(image.clone());
+            if let Err(error) = self.ask_all(&Request::Install(newest.clone())) {
+                return Err(self.undo(&newest, &error));
             }
         }
+        self.notices.extend_from_slice(prepared.notices());
+        self.table.commit(prepared);
+        self.image = newest;
+        Ok(())
+    }
+
+    /// Puts back the image that is in force after `newest` could not be installed everywhere.
+    fn undo(&mut self, newest: &DebugImage, error: &CoordinatorError) -> BreakpointError {
+        self.table.skip_epoch(newest.epoch());
+        let mut why = error.to_string();
+        if let Err(undo) = self.ask_all(&Request::Install(self.image.clone()))
+            && undo != *error
+        {
+            // Nothing is left to try: say which vCPU may disagree with the others.
+            why = format!("{why}; and then {undo}");
+        }
+        BreakpointError::Apply(why)
     }
 
     /// Stops the world, if it runs. What happened meanwhile is kept for [`take_stop`](Self::take_stop).
@@ -373,6 +397,10 @@ impl Coordinator {
             }
         }
         let vcpus = self.vcpus.len();
+        if self.image.is_empty() {
+            // No slot is left to step off, and whoever is gone wants no step either.
+            (0..vcpus as u32).for_each(|n| self.untell(VcpuId(n)));
+        }
         if self.ended().is_none() {
             self.resume(&ResumePlan::all(vcpus, RunMode::Continue))?;
         }
@@ -435,7 +463,7 @@ impl Coordinator {
     fn drop_removed(&mut self) -> Vec<VcpuId> {
         let is_gone = |table: &SlotTable, stop: &Stop| match &stop.reason {
             StopReason::Breakpoint(request) | StopReason::Watchpoint { request, .. } => {
-                !table.requests().iter().any(|(_, held)| held == request)
+                !table.requests().any(|(_, held)| held == *request)
             }
             _ => false,
         };

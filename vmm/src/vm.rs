@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{BootError, BootRequest, Entry};
 use crate::coordinator::{Coordinator, CoordinatorError, Kick};
-use crate::debug::{Breakpoint, BreakpointError, Ending, Level, Owner, ResumePlan, Stop, StopReason, VcpuId};
+use crate::debug::{Breakpoint, BreakpointError, Ending, Handler, Level, Owner, ResumePlan, Stop, StopReason, VcpuId};
 use crate::devices::{Console, Serial, Shared};
 use crate::machine::{HostError, Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
@@ -125,25 +125,39 @@ impl Vm {
     }
 
     /// The breakpoints in force.
-    pub fn breakpoints(&self) -> &[(Owner, Breakpoint)] {
+    pub fn breakpoints(&self) -> Vec<(Owner, Breakpoint)> {
         self.coordinator.breakpoints()
     }
 
     /// Arms `request` on every vCPU, or nowhere; works while the guest runs. What this host's KVM
     /// would accept and never trigger is refused.
     pub fn set_breakpoint(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
+        self.can_trigger(request)?;
+        self.arm(owner, request)
+    }
+
+    /// As [`set_breakpoint`](Self::set_breakpoint), with a handler that decides about each hit on
+    /// the vCPU's own thread: one that says [`Continue`](crate::debug::Disposition::Continue)
+    /// stops nobody.
+    pub fn set_trap(&mut self, owner: Owner, request: Breakpoint, handler: Handler) -> Result<(), BreakpointError> {
+        self.can_trigger(request)?;
+        self.coordinator.set_trap(owner, request, Some(handler))
+    }
+
+    /// As [`set_breakpoint`](Self::set_breakpoint), without asking what the host can do.
+    pub(crate) fn arm(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
+        self.coordinator.set_breakpoint(owner, request)
+    }
+
+    /// What this host's KVM would accept and never trigger is refused.
+    fn can_trigger(&self, request: Breakpoint) -> Result<(), BreakpointError> {
         if request.on.is_watch() {
             let unsupported = |why: String| BreakpointError::Unsupported { request, why };
             if !probe::data_watch_fires().map_err(unsupported)? {
                 return Err(unsupported("this host's KVM accepts data watchpoints and never triggers them".to_owned()));
             }
         }
-        self.arm(owner, request)
-    }
-
-    /// As [`set_breakpoint`](Self::set_breakpoint), without asking what the host can do.
-    pub(crate) fn arm(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
-        self.coordinator.set_breakpoint(owner, request)
+        Ok(())
     }
 
     /// Disarms `request` on every vCPU, or nowhere; works while the guest runs.

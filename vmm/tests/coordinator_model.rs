@@ -15,8 +15,8 @@ use shuttle::sync::{Arc, Mutex};
 use shuttle::thread;
 use trapline_vmm::coordinator::{Coordinator, CoordinatorError, Kick};
 use trapline_vmm::debug::{
-    Breakpoint, BreakpointError, DebugExit, Dr6, Level, Owner, ResumePlan, RunMode, Stop, StopReason, Trigger,
-    VcpuId,
+    Breakpoint, BreakpointError, DebugExit, Disposition, Dr6, Handler, Level, Owner, ResumePlan, RunMode, Stop,
+    StopReason, Trigger, VcpuId,
 };
 use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, Registers};
 
@@ -481,6 +481,9 @@ fn l18_a_vcpu_that_stopped_by_itself_stays_there_when_the_stop_of_the_world_fail
         let range = RunMode::StepRange { start: LOOP, end: LOOP + 3 };
         let plan = ResumePlan::all(2, RunMode::Continue).with(VcpuId(1), range);
         assert_eq!(world.coordinator.resume(&plan).unwrap(), None);
+        while world.probes[1].executed.load(Ordering::SeqCst) == 0 {
+            thread::yield_now();
+        }
         world.probes[1].late.store(5_000, Ordering::SeqCst);
         let refused = loop {
             match world.coordinator.poll() {
@@ -497,7 +500,10 @@ fn l18_a_vcpu_that_stopped_by_itself_stays_there_when_the_stop_of_the_world_fail
         world.probes[1].late.store(0, Ordering::SeqCst);
         while world.coordinator.stop().is_err() {}
         let told = world.coordinator.take_stop();
-        assert_eq!(told, Some(Stop { vcpu: VcpuId(0), reason: StopReason::Watchpoint { request: watch, addr: WATCHED } }));
+        assert_eq!(
+            told,
+            Some(Stop { vcpu: VcpuId(0), reason: StopReason::Watchpoint { request: watch, addr: WATCHED } })
+        );
         assert_eq!(world.counts()[0], 1);
         assert_eq!(world.coordinator.take_stop(), None);
     });
@@ -586,6 +592,79 @@ fn l71_release_leaves_nothing_armed_and_everything_running() {
         }
         assert!(world.armed().iter().all(|arming| *arming == Arming::OFF));
         assert!(world.coordinator.breakpoints().is_empty());
+    });
+}
+
+#[test]
+fn l13_traps_that_only_count_stop_nobody_and_miss_nothing() {
+    check(|| {
+        let mut world = World::new(2);
+        let counted: Arc<Vec<AtomicU64>> = Arc::new((0..2).map(|_| AtomicU64::new(0)).collect());
+        let counter = counted.clone();
+        let handler = Handler::new(move |hit| {
+            assert_eq!(hit.pc, COUNTS);
+            counter[hit.vcpu.index()].fetch_add(1, Ordering::SeqCst);
+            Disposition::Continue
+        });
+        let request = Breakpoint::exec(COUNTS);
+        world.coordinator.set_trap(Owner::harness(1), request, Some(handler)).unwrap();
+        // gdb works on the same breakpoint meanwhile, and the world is stopped now and then.
+        for round in 0..4 {
+            assert_eq!(world.go(), None);
+            while world.counts().iter().any(|&count| count < 2 * (round + 1)) {
+                assert_eq!(world.coordinator.poll().unwrap(), None);
+                thread::yield_now();
+            }
+            world.coordinator.stop().unwrap();
+            for (n, count) in world.counts().into_iter().enumerate() {
+                // A vCPU that was parked between the hit and its instruction has counted one more.
+                let hits = counted[n].load(Ordering::SeqCst);
+                assert!(hits == count || hits == count + 1, "vCPU {n}: {hits} hits, {count} executions");
+            }
+            // Step the first vCPU onto the breakpoint and over it.
+            for _ in 0..4 {
+                let plan = ResumePlan::all(2, RunMode::Parked).with(VcpuId(0), RunMode::Step);
+                assert_eq!(world.coordinator.resume(&plan).unwrap(), None);
+                assert_eq!(world.wait().reason, StopReason::Step);
+            }
+            let (hits, count) = (counted[0].load(Ordering::SeqCst), world.counts()[0]);
+            assert!(hits == count || hits == count + 1, "after stepping: {hits} hits, {count} executions");
+        }
+    });
+}
+
+#[test]
+fn l29_a_shared_breakpoint_is_told_to_gdb_and_counted_for_the_harness() {
+    check(|| {
+        let mut world = World::new(1);
+        let counted = Arc::new(AtomicU64::new(0));
+        let counter = counted.clone();
+        let handler = Handler::new(move |_| {
+            counter.fetch_add(1, Ordering::SeqCst);
+            Disposition::Continue
+        });
+        let request = Breakpoint::exec(COUNTS);
+        world.coordinator.set_trap(Owner::harness(1), request, Some(handler)).unwrap();
+        world.coordinator.set_breakpoint(Owner::GDB, request).unwrap();
+        for n in 1..4 {
+            let stop = match world.go() {
+                Some(pending) => pending,
+                None => world.wait(),
+            };
+            assert_eq!(stop.reason, StopReason::Breakpoint(request));
+            assert_eq!(counted.load(Ordering::SeqCst), n);
+            assert_eq!(world.counts()[0], n - 1);
+        }
+        // Removing one keeps the other.
+        world.coordinator.clear_breakpoint(Owner::GDB, request).unwrap();
+        assert_eq!(world.go(), None);
+        while world.counts()[0] < 6 {
+            assert_eq!(world.coordinator.poll().unwrap(), None);
+            thread::yield_now();
+        }
+        world.coordinator.stop().unwrap();
+        let (hits, count) = (counted.load(Ordering::SeqCst), world.counts()[0]);
+        assert!(hits == count || hits == count + 1, "{hits} hits, {count} executions");
     });
 }
 

@@ -40,6 +40,8 @@ pub const SLOTS: usize = 4;
 pub struct Seen {
     pub running: bool,
     pub killed: bool,
+    /// It cannot run any more, by its own doing.
+    pub ended: bool,
     pub detached: usize,
     pub armed: Vec<Breakpoint>,
     /// Every byte that a client wrote, and where.
@@ -163,24 +165,28 @@ impl Fake {
         self.seen.lock().unwrap().running = false;
     }
 
-    /// The next stop to tell. A hit on a breakpoint that is gone is none.
+    fn end(&mut self, ending: Ending) {
+        self.ended = Some(ending);
+        self.seen.lock().unwrap().ended = true;
+    }
+
+    /// Hits on breakpoints that are gone are forgotten.
+    fn drop_gone(&mut self) {
+        let armed = &self.armed;
+        self.pending.retain(|stop| match &stop.reason {
+            StopReason::Breakpoint(request) | StopReason::Watchpoint { request, .. } => armed.contains(request),
+            _ => true,
+        });
+    }
+
+    /// The next stop to tell.
     fn next_pending(&mut self) -> Option<Stop> {
-        while let Some(stop) = self.pending.pop_front() {
-            let gone = match &stop.reason {
-                StopReason::Breakpoint(request) | StopReason::Watchpoint { request, .. } => {
-                    !self.armed.contains(request)
-                }
-                _ => false,
-            };
-            if !gone {
-                if let StopReason::Breakpoint(request) = stop.reason {
-                    self.told[stop.vcpu.index()] = Some(request.addr);
-                }
-                self.last = stop.clone();
-                return Some(stop);
-            }
+        let stop = self.pending.pop_front()?;
+        if let StopReason::Breakpoint(request) = stop.reason {
+            self.told[stop.vcpu.index()] = Some(request.addr);
         }
-        None
+        self.last = stop.clone();
+        Some(stop)
     }
 
     fn execute(&mut self, vcpu: usize, mode: RunMode) -> Option<StopReason> {
@@ -193,24 +199,24 @@ impl Fake {
         self.linear(rip, &mut code);
         let displacement = |at: usize| i64::from(i32::from_le_bytes(code[at..at + 4].try_into().unwrap())) as u64;
         let mut access = None;
-        let mut next = rip + 1;
+        let mut next = rip.wrapping_add(1);
         match code {
             [0x90, ..] => {}
-            [0xeb, to, ..] => next = (rip + 2).wrapping_add(i64::from(to as i8) as u64),
+            [0xeb, to, ..] => next = rip.wrapping_add(2).wrapping_add(i64::from(to as i8) as u64),
             [0xe8, ..] => {
-                let rsp = self.registers[vcpu].rsp - 8;
+                let rsp = self.registers[vcpu].rsp.wrapping_sub(8);
                 self.registers[vcpu].rsp = rsp;
-                self.poke(rsp, &(rip + 5).to_le_bytes());
-                next = (rip + 5).wrapping_add(displacement(1));
+                self.poke(rsp, &rip.wrapping_add(5).to_le_bytes());
+                next = rip.wrapping_add(5).wrapping_add(displacement(1));
             }
             [0xc3, ..] => {
                 let mut to = [0; 8];
                 self.linear(self.registers[vcpu].rsp, &mut to);
-                self.registers[vcpu].rsp += 8;
+                self.registers[vcpu].rsp = self.registers[vcpu].rsp.wrapping_add(8);
                 next = u64::from_le_bytes(to);
             }
             [0x48, 0xff, 0x05, ..] => {
-                next = rip + 7;
+                next = rip.wrapping_add(7);
                 let addr = next.wrapping_add(displacement(3));
                 let mut value = [0; 8];
                 self.linear(addr, &mut value);
@@ -218,7 +224,7 @@ impl Fake {
                 access = Some((addr, true));
             }
             [0x48, 0x8b, 0x05, ..] => {
-                next = rip + 7;
+                next = rip.wrapping_add(7);
                 let addr = next.wrapping_add(displacement(3));
                 let mut value = [0; 8];
                 self.linear(addr, &mut value);
@@ -228,12 +234,12 @@ impl Fake {
             [0xf4, ..] => self.activity[vcpu] = Activity::Halted,
             [0xe6, 0xf4, ..] => {
                 let status = self.registers[vcpu].rax as u32 & 0xff;
-                self.ended = Some(Ending::Exit(status));
+                self.end(Ending::Exit(status));
                 return Some(StopReason::GuestExit(status));
             }
             _ => {
                 let crash = Crash::TripleFault { state_lost: false };
-                self.ended = Some(Ending::Crash(crash.clone()));
+                self.end(Ending::Crash(crash.clone()));
                 return Some(StopReason::Crash(crash));
             }
         }
@@ -249,7 +255,7 @@ impl Fake {
 
     fn watched(&self, addr: u64, write: bool) -> Option<StopReason> {
         let request = *self.armed.iter().find(|b| {
-            let overlaps = addr < b.addr + b.len && b.addr < addr + 8;
+            let overlaps = addr <= b.addr.saturating_add(b.len - 1) && b.addr <= addr.saturating_add(7);
             overlaps && matches!((b.on, write), (Trigger::Write, true) | (Trigger::Read | Trigger::Access, _))
         })?;
         // The slot's base: eight aligned bytes of the range.
@@ -282,8 +288,10 @@ impl Fake {
     }
 
     fn poke(&mut self, addr: u64, bytes: &[u8]) {
-        if let Some(at) = Self::physical(addr) {
-            self.ram[at..at + bytes.len()].copy_from_slice(bytes);
+        for (i, &byte) in (0..).zip(bytes) {
+            if let Some(at) = addr.checked_add(i).and_then(Self::physical) {
+                self.ram[at] = byte;
+            }
         }
     }
 
@@ -424,6 +432,7 @@ impl Debuggee for Fake {
     fn clear_breakpoint(&mut self, request: Breakpoint) -> Result<(), BreakpointError> {
         let before = self.armed.len();
         self.armed.retain(|b| *b != request);
+        self.drop_gone();
         self.seen.lock().unwrap().armed = self.armed.clone();
         if self.armed.len() == before { Err(BreakpointError::NotSet { request }) } else { Ok(()) }
     }

@@ -20,7 +20,7 @@ pub(super) fn load(ram: &GuestRam, request: &BootRequest<'_>, elf: &ElfImage) ->
     write_cmdline(ram, format, request.cmdline, u64::MAX)?;
     elf.write(ram, request.kernel)?;
     write_initrd(ram, request, initrd.as_ref())?;
-    start_info::write(ram, initrd.as_ref())?;
+    start_info::write(ram, request.ap_start, initrd.as_ref())?;
     Ok(Entry {
         format,
         bsp: CpuState::Long64 {

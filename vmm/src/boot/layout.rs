@@ -11,7 +11,6 @@
 //! | `0x0009_0000` | `0x0009_6000`  | ACPI NVS   | page tables: the first 4 GiB one to one                        |
 //! | `0x0009_6000` | `0x0009_7000`  | ACPI NVS   | GDT and TSS                                                    |
 //! | `0x0009_7000` | `0x0009_8000`  | ACPI NVS   | poll loop of the APs (wakeup mailbox only)                     |
-//! | `0x0009_8000` | `0x0009_9000`  | ACPI NVS   | wakeup mailbox (wakeup mailbox only)                           |
 //! | `0x0009_9000` | `0x0009_A000`  | ACPI NVS   | FACS                                                           |
 //! | `0x0009_A000` | `0x000A_0000`  | reserved   | where PCs have their EBDA; zero                                |
 //! | `0x000A_0000` | `0x000E_0000`  | not listed | where PCs have VGA and option ROMs; backed by RAM, zero        |
@@ -19,10 +18,11 @@
 //! | `0x0010_0000` | 3 GiB at most  | RAM        | kernel; initrd at the top (Multiboot: right after the kernel)  |
 //! | `0xFEC0_0000` |                | MMIO       | I/O APIC                                                       |
 //! | `0xFEE0_0000` |                | MMIO       | local APICs                                                    |
+//! | `0xFFFB_B000` | `0xFFFB_C000`  | ACPI NVS   | wakeup mailbox (wakeup mailbox only): registers, not RAM       |
 //! | `0xFFFB_C000` | `0xFFFC_0000`  | reserved   | pages that KVM needs on VT-x hosts without unrestricted guest  |
 //! | 4 GiB         |                | RAM        | what did not fit below 3 GiB                                   |
 //!
-//! What a guest still needs after it took its own tables (the APs' page tables, their loop, the mailbox) is ACPI NVS;
+//! What a guest still needs after it took its own tables (the APs' page tables and their loop, FACS) is ACPI NVS;
 //! what it only reads at the start is RAM that it may reuse.
 
 use std::ops::Range;
@@ -54,8 +54,6 @@ pub const GDT: u64 = 0x9_6000;
 pub const TSS: u64 = 0x9_6800;
 /// Code that APs run until the guest wakes them through the mailbox.
 pub const AP_LOOP: u64 = 0x9_7000;
-/// ACPI multiprocessor wakeup mailbox: one page (ACPI 6.5, 5.2.12.19).
-pub const AP_MAILBOX: u64 = 0x9_8000;
 /// Firmware ACPI control structure, which the guest writes to: one page.
 pub const FACS: u64 = 0x9_9000;
 /// End (exclusive) of the firmware's area.
@@ -77,6 +75,8 @@ pub const IOAPIC: u64 = 0xFEC0_0000;
 /// Local APIC registers.
 pub const LOCAL_APIC: u64 = 0xFEE0_0000;
 
+/// ACPI multiprocessor wakeup mailbox: one page (ACPI 6.5, 5.2.12.19). No RAM: a device sees what is written.
+pub const AP_MAILBOX: u64 = 0xFFFB_B000;
 /// For KVM_SET_IDENTITY_MAP_ADDR: one page (KVM API 4.41).
 pub const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
 /// For KVM_SET_TSS_ADDR: three pages (KVM API 4.36).
@@ -94,6 +94,7 @@ const _: () = {
     assert!(PAGE_TABLES + 6 * PAGE_SIZE <= GDT);
     assert!(STACK_TOP - STACK_SIZE >= MODULES + PAGE_SIZE);
     assert!(CMDLINE + CMDLINE_SIZE <= NVS_START);
-    assert!(AP_MAILBOX + PAGE_SIZE <= FACS && FACS + PAGE_SIZE <= NVS_END);
+    assert!(AP_LOOP + PAGE_SIZE <= FACS && FACS + PAGE_SIZE <= NVS_END);
+    assert!(AP_MAILBOX + PAGE_SIZE <= KVM_IDENTITY_MAP);
     assert!(KVM_IDENTITY_MAP + PAGE_SIZE <= KVM_TSS && KVM_TSS + 3 * PAGE_SIZE <= KVM_PAGES_END);
 };

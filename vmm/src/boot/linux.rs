@@ -8,7 +8,7 @@ use linux_loader::loader::bootparam::{LOADED_HIGH, boot_e820_entry, boot_params,
 use vm_memory::GuestAddress;
 
 use super::error::BootError;
-use super::{BootRequest, Format, layout, write_cmdline};
+use super::{BootRequest, Format, layout, memory_map, write_cmdline};
 use crate::memory::GuestRam;
 
 /// Longest command line that x86 Linux takes: COMMAND_LINE_SIZE without the NUL.
@@ -53,7 +53,7 @@ pub(super) fn write_boot_params(
         params.ext_ramdisk_image = (range.start >> 32) as u32;
         params.ext_ramdisk_size = (size >> 32) as u32;
     }
-    let map = ram.e820();
+    let map = memory_map(ram, request.ap_start);
     params.e820_entries = map.len() as u8;
     let mut table = params.e820_table;
     for (slot, entry) in table.iter_mut().zip(&map) {

@@ -1,21 +1,15 @@
 //! AP start by the ACPI wakeup mailbox (ACPI 6.5, 5.2.12.19): APs wait in long mode, in a loop of ours, until the guest
-//! writes an APIC id, an address and a command into a page that the MADT names.
+//! writes an APIC id, an address and a command into a page that the MADT names. The page is a device,
+//! [`crate::devices::mailbox`].
 //!
 //! Debuggers want this for guests that are to be trapped from their first instruction on: no vCPU is ever in real mode.
 
 use super::error::BootError;
 use super::{CpuState, layout, tables};
-use crate::devices::ap_park;
-use crate::limits::PAGE_SIZE;
+use crate::devices::mailbox::PARK_PORT;
 use crate::memory::GuestRam;
 
-/// Offsets in the mailbox: command (2 bytes), APIC id (4 bytes), address to go to (8 bytes).
-const APIC_ID: usize = 4;
-
-/// An APIC id that no processor has.
-const NOBODY: u32 = u32::MAX;
-
-/// The loop. RDI = own APIC id, RSI = mailbox. The port is that of [`ap_park`], where the time goes.
+/// The loop. RDI = own APIC id, RSI = mailbox. The read of the port comes back when the AP is called, or now and then.
 ///
 /// The APIC id is looked at before the command, and both before the address: the guest fills in id and address, then
 /// sets the command, and does the next only after the command was cleared. So who sees its own id and then the command
@@ -34,7 +28,7 @@ const NOBODY: u32 = u32::MAX;
 /// ```
 #[rustfmt::skip]
 const LOOP: [u8; 29] = [
-    0x8d, 0x97, ap_park::PORT.to_le_bytes()[0], ap_park::PORT.to_le_bytes()[1], 0x00, 0x00,
+    0x8d, 0x97, PARK_PORT.to_le_bytes()[0], PARK_PORT.to_le_bytes()[1], 0x00, 0x00,
     0xec,
     0x39, 0x7e, 0x04,
     0x75, 0xf4,
@@ -45,11 +39,8 @@ const LOOP: [u8; 29] = [
     0xff, 0xe0,
 ];
 
-/// Writes the loop and an empty mailbox. The page tables and the GDT that the APs use are those of [`tables`].
+/// Writes the loop. The page tables and the GDT that the APs use are those of [`tables`].
 pub(super) fn write(ram: &GuestRam) -> Result<(), BootError> {
-    let mut mailbox = [0; PAGE_SIZE as usize];
-    mailbox[APIC_ID..APIC_ID + 4].copy_from_slice(&NOBODY.to_le_bytes());
-    tables::put(ram.mem(), "the wakeup mailbox", layout::AP_MAILBOX, &mailbox)?;
     tables::put(ram.mem(), "the APs' loop", layout::AP_LOOP, &LOOP)
 }
 
@@ -91,7 +82,7 @@ mod tests {
             assert_eq!(code[jump].near_branch_target(), layout::AP_LOOP);
         }
         let operand = |n: usize| (code[n].memory_base(), code[n].memory_displacement64());
-        assert_eq!(operand(0), (Register::RDI, ap_park::PORT.into()));
+        assert_eq!(operand(0), (Register::RDI, PARK_PORT.into()));
         let mailbox = [2, 4, 6, 7].map(operand);
         assert_eq!(mailbox, [4, 0, 8, 0].map(|at| (Register::RSI, at)));
         assert_eq!((code[2].op1_register(), code[6].op0_register()), (Register::EDI, Register::RAX));

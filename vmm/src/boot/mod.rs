@@ -44,8 +44,8 @@ pub use registers::{registers, system_registers};
 pub use tables::{CODE32, CODE64, DATA, TASK};
 
 use crate::acpi;
-use crate::limits::MAX_VCPUS;
-use crate::memory::GuestRam;
+use crate::limits::{MAX_VCPUS, PAGE_SIZE};
+use crate::memory::{E820Entry, E820Kind, GuestRam};
 
 /// The formats of kernel that we boot, and the boot protocol that goes with each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -245,6 +245,16 @@ fn unrecognised(start: &[u8]) -> BootError {
         ),
     };
     BootError::Unrecognised { what }
+}
+
+/// The memory map that the guest is told: RAM and what firmware keeps, and the wakeup mailbox if there is one.
+fn memory_map(ram: &GuestRam, ap_start: ApStart) -> Vec<E820Entry> {
+    let mut map = ram.e820();
+    if ap_start == ApStart::Mailbox {
+        map.push(E820Entry { start: layout::AP_MAILBOX, size: PAGE_SIZE, kind: E820Kind::AcpiNvs });
+        map.sort_unstable_by_key(|entry| entry.start);
+    }
+    map
 }
 
 /// Checks the command line's length and writes it, NUL-terminated, where the layout has room for it.

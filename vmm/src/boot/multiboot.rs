@@ -8,8 +8,8 @@ use std::ops::Range;
 use super::elf::ElfImage;
 use super::error::{BootError, CORRUPT, CUT_SHORT};
 use super::place::Placement;
-use super::{BootRequest, CpuState, Entry, Format, layout};
-use super::{place_initrd, tables, write_cmdline, write_initrd};
+use super::{ApStart, BootRequest, CpuState, Entry, Format, layout};
+use super::{memory_map, place_initrd, tables, write_cmdline, write_initrd};
 use crate::limits::{KIB, PAGE_SIZE};
 use crate::memory::GuestRam;
 
@@ -130,7 +130,7 @@ pub(super) fn load(
         request.kernel.copy_to(offset, len, ram.mem(), to, "kernel")?;
     }
     write_initrd(ram, request, initrd.as_ref())?;
-    write_info(ram, initrd.as_ref())?;
+    write_info(ram, request.ap_start, initrd.as_ref())?;
     Ok(Entry {
         format,
         bsp: CpuState::Protected32 {
@@ -228,7 +228,7 @@ fn command_line(request: &BootRequest<'_>) -> String {
 }
 
 /// Writes the Multiboot information structure (specification 3.3) and what it points at.
-fn write_info(ram: &GuestRam, initrd: Option<&Range<u64>>) -> Result<(), BootError> {
+fn write_info(ram: &GuestRam, ap_start: ApStart, initrd: Option<&Range<u64>>) -> Result<(), BootError> {
     let mem = ram.mem();
     let mut flags = INFO_MEMORY | INFO_CMDLINE | INFO_MMAP | INFO_LOADER_NAME;
     let mut info = [0u8; INFO_SIZE];
@@ -253,7 +253,7 @@ fn write_info(ram: &GuestRam, initrd: Option<&Range<u64>>) -> Result<(), BootErr
     }
 
     let mut map = Vec::new();
-    for entry in ram.e820() {
+    for entry in memory_map(ram, ap_start) {
         // The length of an entry does not count the field that holds it.
         map.extend(20u32.to_le_bytes());
         map.extend(entry.start.to_le_bytes());

@@ -17,7 +17,7 @@ pub(super) fn load(ram: &GuestRam, request: &BootRequest<'_>, elf: &ElfImage) ->
     write_cmdline(ram, format, request.cmdline, cmdline_max)?;
     elf.write(ram, request.kernel)?;
     write_initrd(ram, request, initrd.as_ref())?;
-    start_info::write(ram, initrd.as_ref())?;
+    start_info::write(ram, request.ap_start, initrd.as_ref())?;
     Ok(Entry {
         format,
         bsp: CpuState::Protected32 { eip, esp: layout::STACK_TOP as u32, eax: 0, ebx: layout::BOOT_INFO as u32 },

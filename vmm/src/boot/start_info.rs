@@ -11,14 +11,13 @@ use linux_loader::loader::elf::start_info::{
 use vm_memory::GuestAddress;
 
 use super::error::BootError;
-use super::layout;
+use super::{ApStart, layout, memory_map};
 use crate::memory::GuestRam;
 
 /// Writes the start information to [`layout::BOOT_INFO`] and what it points at beside it. The command line is
 /// written already.
-pub(super) fn write(ram: &GuestRam, initrd: Option<&Range<u64>>) -> Result<(), BootError> {
-    let map: Vec<_> = ram
-        .e820()
+pub(super) fn write(ram: &GuestRam, ap_start: ApStart, initrd: Option<&Range<u64>>) -> Result<(), BootError> {
+    let map: Vec<_> = memory_map(ram, ap_start)
         .iter()
         .map(|entry| hvm_memmap_table_entry {
             addr: entry.start,

@@ -398,12 +398,22 @@ fn tables_are_where_the_entry_state_says() {
 }
 
 #[test]
-fn the_mailbox_is_empty_and_the_aps_know_their_ids() {
-    let (ram, image) = (ram(16), bare_metal());
-    load(&ram, &BootRequest { ap_start: ApStart::Mailbox, ..request(&image) }).unwrap();
-    assert_eq!(bytes(&ram, layout::AP_MAILBOX, 4), [0; 4], "no command");
-    assert_eq!(u32_at(&ram, layout::AP_MAILBOX + 4), u32::MAX, "for nobody");
-    assert_ne!(u32_at(&ram, layout::AP_LOOP), 0);
+fn aps_that_wait_for_the_mailbox_know_their_ids_and_the_guest_its_place() {
+    for (format, image) in every_format() {
+        let ram = ram(16);
+        load(&ram, &BootRequest { ap_start: ApStart::Mailbox, ..request(&image) }).unwrap();
+        assert_ne!(u32_at(&ram, layout::AP_LOOP), 0);
+        let mut expected = expected_map(&ram);
+        let kvm = expected.pop().unwrap();
+        expected.extend([(layout::AP_MAILBOX, PAGE_SIZE, 4), kvm]);
+        let info = layout::BOOT_INFO;
+        let map = match format {
+            Format::BzImage | Format::Linux64 => map_at(&ram, info + 0x2d0, 20, bytes(&ram, info + 0x1e8, 1)[0].into()),
+            Format::Multiboot => map_at(&ram, layout::MEMORY_MAP + 4, 24, u64::from(u32_at(&ram, info + 44)) / 24),
+            _ => map_at(&ram, u64_at(&ram, info + 40), 24, u32_at(&ram, info + 48).into()),
+        };
+        assert_eq!(map, expected, "{format}");
+    }
     assert_eq!(ap_state(ApStart::Sipi, 1), None);
     let Some(CpuState::Long64 { cr3, rip, rdi, rsi, .. }) = ap_state(ApStart::Mailbox, 3) else { panic!() };
     assert_eq!((cr3, rip), (layout::PAGE_TABLES, layout::AP_LOOP));

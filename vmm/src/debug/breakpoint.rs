@@ -95,9 +95,7 @@ impl Owner {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BreakpointError {
     /// All four slots are taken by this level or a higher one.
-    #[error(
-        "{request} needs {needed} hardware slots and {free} of 4 are free; delete a breakpoint or watchpoint first"
-    )]
+    #[error("{request}: hardware slots needed {needed}, free {free} of 4; delete a breakpoint or watchpoint first")]
     NoSlot {
         /// What was asked for.
         request: Breakpoint,

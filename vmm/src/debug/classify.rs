@@ -1,6 +1,6 @@
 //! Whose trap is it? One pass over every cause of one #DB or #BP exit.
 
-use super::{Breakpoint, DebugImage, Dr6, Owner, SLOTS, SlotCondition};
+use super::{DebugImage, Dr6, SLOTS, SlotCondition, SlotOwner};
 
 /// KVM_EXIT_DEBUG as the kernel reports it, without `dr7`: that field is stale or garbage on
 /// some flavours (law 26).
@@ -29,7 +29,7 @@ pub struct Causes {
     /// The step that was asked for is done.
     pub step: bool,
     /// Requests that triggered, each once, with the data address of the slot that matched.
-    pub hits: Vec<(Owner, Breakpoint, u64)>,
+    pub hits: Vec<(SlotOwner, u64)>,
     /// DR6 causes, active-high, that no owner of ours explains: the guest's own #DB (law 33).
     /// `Some(0)` is a #DB without any cause bit, as INT1 raises.
     pub guest_db: Option<u64>,
@@ -83,10 +83,10 @@ pub fn classify(exit: DebugExit, image: &DebugImage, expect: Expectation, guest_
 }
 
 /// One request is one hit, however many of its slots matched (law 62).
-fn add_hits(hits: &mut Vec<(Owner, Breakpoint, u64)>, addr: u64, owners: &[(Owner, Breakpoint)]) {
-    for &(owner, request) in owners {
-        if !hits.iter().any(|&(o, r, _)| (o, r) == (owner, request)) {
-            hits.push((owner, request, addr));
+fn add_hits(hits: &mut Vec<(SlotOwner, u64)>, addr: u64, owners: &[SlotOwner]) {
+    for behind in owners {
+        if !hits.iter().any(|(known, _)| (known.owner, known.request) == (behind.owner, behind.request)) {
+            hits.push((behind.clone(), addr));
         }
     }
 }
@@ -94,7 +94,7 @@ fn add_hits(hits: &mut Vec<(Owner, Breakpoint, u64)>, addr: u64, owners: &[(Owne
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::debug::{SlotTable, Trigger};
+    use crate::debug::{Breakpoint, Owner, SlotTable, Trigger};
     use proptest::prelude::*;
 
     const IDLE: Expectation = Expectation { stepping: false, suspended: 0 };
@@ -104,8 +104,8 @@ mod tests {
         let mut table = SlotTable::default();
         let mut last = DebugImage::default();
         for &request in requests {
-            if let Some(prepared) = table.prepare_set(Owner::GDB, request).unwrap() {
-                last = prepared.image().clone();
+            if let Some(prepared) = table.prepare_set(Owner::GDB, request, None).unwrap() {
+                last = prepared.images().last().unwrap().clone();
                 table.commit(prepared);
             }
         }
@@ -122,7 +122,7 @@ mod tests {
         let w = Breakpoint::watch(0x30000, 8, Trigger::Write);
         let rw = Breakpoint::watch(0x30000, 8, Trigger::Access);
         let causes = classify(db(0x1008, 0xffff_0ff3), &image(&[w, rw]), IDLE, false, 0x400);
-        assert_eq!(causes.hits.iter().map(|h| h.1).collect::<Vec<_>>(), [w, rw]);
+        assert_eq!(causes.hits.iter().map(|h| h.0.request).collect::<Vec<_>>(), [w, rw]);
         // A step over a watched store: both.
         let causes = classify(db(0x1008, 0xffff_4ff1), &image(&[w]), STEPPING, false, 0x400);
         assert!(causes.step && causes.hits.len() == 1);

@@ -1,6 +1,6 @@
 //! The immutable set of debug registers that is in force for one epoch.
 
-use super::{Breakpoint, Dr7, Level, Owner, SLOTS, SlotCondition, SlotLen};
+use super::{Breakpoint, Dr7, Handler, Level, Owner, SLOTS, SlotCondition, SlotLen};
 
 /// Counts changes of the set. Epoch 0 is the empty image that every vCPU starts with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -16,13 +16,24 @@ pub struct Slot {
     /// What triggers it.
     pub condition: SlotCondition,
     /// The requests behind it. Never empty.
-    pub owners: Vec<(Owner, Breakpoint)>,
+    pub owners: Vec<SlotOwner>,
+}
+
+/// One request behind a slot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotOwner {
+    /// Who asked.
+    pub owner: Owner,
+    /// What for.
+    pub request: Breakpoint,
+    /// What decides about a hit; without one every hit stops the world.
+    pub handler: Option<Handler>,
 }
 
 impl Slot {
     /// The highest level that wants this slot.
     pub fn level(&self) -> Level {
-        self.owners.iter().map(|(owner, _)| owner.level).max().unwrap_or(Level::Guest)
+        self.owners.iter().map(|behind| behind.owner.level).max().unwrap_or(Level::Guest)
     }
 }
 
@@ -63,10 +74,10 @@ impl DebugImage {
         self.dr7
     }
 
-    /// DR7 without the execution slots at `pc`: what a vCPU uses to step off a breakpoint
+    /// DR7 without the slots of which a bit is set: what a vCPU uses to step off a breakpoint
     /// (law 37; RF is honoured by some KVM paths only).
-    pub fn dr7_off(&self, pc: u64) -> Dr7 {
-        self.exec_slots_at(pc).fold(self.dr7, |dr7, (n, _)| dr7.disable(n))
+    pub fn dr7_without(&self, suspended: u8) -> Dr7 {
+        (0..SLOTS).filter(|n| suspended & (1 << n) != 0).fold(self.dr7, |dr7, n| dr7.disable(n))
     }
 
     /// The slots, by register number.

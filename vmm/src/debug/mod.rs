@@ -13,6 +13,7 @@
 
 mod breakpoint;
 mod classify;
+mod handler;
 mod image;
 mod registers;
 mod slots;
@@ -20,7 +21,9 @@ mod stop;
 
 pub use breakpoint::{Breakpoint, BreakpointError, Level, Owner, Trigger};
 pub use classify::{Causes, DebugExit, Expectation, classify};
-pub use image::{DebugImage, Epoch, Slot};
+pub(crate) use handler::GuestState;
+pub use handler::{Disposition, Handler, Hit};
+pub use image::{DebugImage, Epoch, Slot, SlotOwner};
 pub use registers::{Dr6, Dr7, SLOTS, SlotCondition, SlotLen};
-pub use slots::{Prepared, SlotTable};
+pub use slots::{Notice, Prepared, SlotTable};
 pub use stop::{Crash, Ending, ResumePlan, RunMode, Stop, StopReason, VcpuId};

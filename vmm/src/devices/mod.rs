@@ -3,13 +3,13 @@
 //! Every device is reached through [`Bus`], which any vCPU thread may call. What an access means for the machine as a
 //! whole comes back as a [`DeviceEvent`]; devices stop and end nothing themselves.
 
-pub mod ap_park;
 pub mod bus;
 pub mod cmos;
 pub mod debug_ports;
 pub mod exit;
 pub mod fw_cfg;
 pub mod i8042;
+pub mod mailbox;
 pub mod pc;
 pub mod pm;
 pub mod pvpanic;

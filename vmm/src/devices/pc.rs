@@ -4,17 +4,19 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use super::ap_park::{self, ApPark};
 use super::bus::{Bus, Shared, Taken};
 use super::cmos::{self, Cmos};
 use super::debug_ports::{DEBUGCON_PORT, DebugCon, POST_PORT, PostCode};
 use super::exit::{self, ExitPort};
 use super::fw_cfg::{self, FwCfg};
 use super::i8042::{self, I8042};
+use super::mailbox::{ApPark, Bells, Mailbox, PARK_PORT};
 use super::pm::{self, PowerManagement};
 use super::pvpanic::{self, PvPanic};
 use super::reset::{PCI_CONFIG_PORT, PCI_CONFIG_PORTS, PORT_A, PortA, ResetControl};
 use super::serial::{self, COM1, Console, Serial, SerialError};
+use crate::boot::layout;
+use crate::limits::PAGE_SIZE;
 use crate::memory::GuestRam;
 
 /// The devices could not be made.
@@ -24,9 +26,9 @@ pub enum DeviceError {
     /// The console's eventfds.
     #[error(transparent)]
     Serial(#[from] SerialError),
-    /// The file descriptor that waiting APs wait on.
-    #[error("cannot make an epoll file descriptor: {0}; raise the limit of open files (ulimit -n)")]
-    Epoll(#[from] std::io::Error),
+    /// The file descriptors that waiting APs wait on.
+    #[error("cannot make the APs' eventfds: {0}; raise the limit of open files (ulimit -n)")]
+    Bells(#[from] std::io::Error),
     /// Two devices at one place.
     #[error(transparent)]
     Taken(#[from] Taken),
@@ -70,10 +72,13 @@ impl Pc {
         bus.add_pio(pm::EVENT_PORT, pm::PORTS, &power)?;
         let reset = Shared::new(ResetControl::default());
         bus.add_pio(PCI_CONFIG_PORT, PCI_CONFIG_PORTS, &reset)?;
-        let park = ApPark::new(cpus)?;
+        let bells = Bells::new(cpus)?;
         for id in 1..cpus {
-            bus.add_pio(ap_park::PORT + u16::from(id), 1, &Shared::new(park.clone()))?;
+            let park = ApPark::new(bells.clone(), id);
+            bus.add_pio(PARK_PORT + u16::from(id), 1, &Shared::new(park))?;
         }
+        let page = layout::AP_MAILBOX..layout::AP_MAILBOX + PAGE_SIZE;
+        bus.add_mmio(page, &Shared::new(Mailbox::new(bells)))?;
         Ok(Self { bus: Arc::new(bus), com1, post })
     }
 }
@@ -87,7 +92,8 @@ mod tests {
 
     fn pc() -> Pc {
         let ram = GuestRam::new(MIN_MEMORY).unwrap();
-        Pc::new(&ram, 2, Console::new(std::io::sink())).unwrap()
+        // One vCPU: the ports of waiting APs would only make the test wait.
+        Pc::new(&ram, 1, Console::new(std::io::sink())).unwrap()
     }
 
     #[test]

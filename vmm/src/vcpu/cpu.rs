@@ -73,7 +73,7 @@ pub trait Cpu {
     /// What the vCPU is doing.
     fn activity(&mut self) -> io::Result<Activity>;
 
-    /// Makes the vCPU wait for an interrupt, as HLT does.
+    /// Carries out the HLT at RIP: the vCPU waits behind it for an interrupt.
     fn halt(&mut self) -> io::Result<()>;
 
     /// Bytes at a linear address; how many could be read.

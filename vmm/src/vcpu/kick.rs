@@ -33,11 +33,16 @@ extern "C" fn on_kick(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
     }
 }
 
-/// Installs the handler, once for the process.
-pub(crate) fn install() -> io::Result<()> {
+/// The signal of the kick.
+pub fn signal() -> c_int {
+    libc::SIGRTMIN() + SIGNAL
+}
+
+/// Installs the handler, once for the process. Whoever makes vCPU threads calls this before.
+pub fn install() -> io::Result<()> {
     static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
     INSTALLED
-        .get_or_init(|| register_signal_handler(libc::SIGRTMIN() + SIGNAL, on_kick).map_err(|error| error.errno()))
+        .get_or_init(|| register_signal_handler(signal(), on_kick).map_err(|error| error.errno()))
         .map_err(io::Error::from_raw_os_error)
 }
 
@@ -47,6 +52,6 @@ pub(crate) fn receive(run: *mut kvm_run) {
 }
 
 /// Kicks the thread. One that has ended is not there to be interrupted, and that is fine.
-pub(crate) fn send(thread: &JoinHandle<()>) {
-    let _ = thread.kill(libc::SIGRTMIN() + SIGNAL);
+pub fn send(thread: &JoinHandle<()>) {
+    let _ = thread.kill(signal());
 }

@@ -6,12 +6,13 @@
 
 mod cpu;
 #[cfg_attr(feature = "shuttle", allow(dead_code))]
-pub(crate) mod kick;
+pub mod kick;
 mod kvm;
 pub(crate) mod protocol;
 mod registers;
 mod step;
 pub(crate) mod thread;
+mod xsave;
 
 pub use cpu::{Arming, Cpu, Exit};
 pub use kvm::{ArmHook, KvmCpu};

@@ -13,10 +13,14 @@
 
 use std::io;
 
+use super::Registers;
 use super::cpu::{Arming, Cpu, Exit};
 use super::protocol::{Answer, Command, Event, Message, Reply, Request};
 use super::step::Stepped;
-use crate::debug::{Causes, DebugExit, DebugImage, Expectation, RunMode, StopReason, Trigger, VcpuId, classify};
+use crate::debug::{
+    Causes, DebugExit, DebugImage, Disposition, Expectation, GuestState, Hit, Level, RunMode, Slot, SlotOwner,
+    StopReason, Trigger, VcpuId, classify,
+};
 use crate::sync::{Arc, mpsc};
 
 enum State {
@@ -39,6 +43,19 @@ struct Told {
     /// instruction is done, whether the breakpoint is still armed or not: without a step nobody
     /// could tell later whether the vCPU never left or has come back (law 13).
     crossing: bool,
+}
+
+/// What of a vCPU a handler may look at.
+struct HitState<'a, C>(&'a mut C);
+
+impl<C: Cpu> GuestState for HitState<'_, C> {
+    fn registers(&mut self) -> io::Result<Registers> {
+        self.0.registers()
+    }
+
+    fn read(&mut self, addr: u64, into: &mut [u8]) -> usize {
+        self.0.read(addr, into)
+    }
 }
 
 pub(crate) struct VcpuThread<C> {
@@ -210,6 +227,12 @@ impl<C: Cpu> VcpuThread<C> {
                 return self.stop(vec![StopReason::Crash(crate::debug::Crash::RunFailed { errno })]);
             }
         };
+        if self.halts(&entry) {
+            match self.cpu.halt() {
+                Ok(()) => return self.step_done(mode),
+                Err(error) => tracing::warn!(vcpu = self.id.0, %error, "HLT could not be carried out; KVM steps it"),
+            }
+        }
         // Entering the guest completes whatever access was served before.
         self.incomplete = false;
         let exit = self.cpu.run();
@@ -226,15 +249,12 @@ impl<C: Cpu> VcpuThread<C> {
         }
         let from = self.cpu.pc()?;
         let told = self.told.filter(|told| told.pc == from);
-        // An execution slot here has had its say.
-        let suspended = told.map_or(0, |_| self.image.exec_slots_at(from).fold(0, |bits, (n, _)| bits | 1 << n));
+        let suspended = told.map_or(0, |told| self.heard(from, told.crossing));
         let stepping = wants_step || suspended != 0 || told.is_some_and(|told| told.crossing);
         // Once it runs freely it may come back here, and that is news.
         self.told = told.filter(|_| stepping);
         let mut arming = Arming::run(&self.image);
-        if suspended != 0 {
-            arming.dr7 = self.image.dr7_off(from);
-        }
+        arming.dr7 = self.image.dr7_without(suspended);
         if stepping {
             if self.stepped.is_none() {
                 self.stepped = Some(Stepped::begin(&mut self.cpu, from)?);
@@ -245,6 +265,23 @@ impl<C: Cpu> VcpuThread<C> {
         }
         self.arm(arming)?;
         Ok(Entry { from, stepping, expect: Expectation { stepping, suspended } })
+    }
+
+    /// The execution slots at `pc` that have had their say, one bit each: all of them after a hit,
+    /// those that are gdb's alone after a step that led here. The others count this crossing when
+    /// it faults (law 22).
+    fn heard(&self, pc: u64, crossing: bool) -> u8 {
+        let is_gdbs = |slot: &Slot| slot.owners.iter().all(|behind| behind.owner.level == Level::Gdb);
+        let heard = self.image.exec_slots_at(pc).filter(|(_, slot)| crossing || is_gdbs(slot));
+        heard.fold(0, |bits, (n, _)| bits | 1 << n)
+    }
+
+    /// Whether the step is over a HLT that no armed slot stops at first.
+    fn halts(&self, entry: &Entry) -> bool {
+        let armed = |(n, _): (usize, _)| entry.expect.suspended & 1 << n == 0;
+        entry.stepping
+            && self.stepped.as_ref().is_some_and(Stepped::halts)
+            && !self.image.exec_slots_at(entry.from).any(armed)
     }
 
     fn handle(&mut self, exit: Exit, entry: &Entry, mode: RunMode) {
@@ -291,20 +328,37 @@ impl<C: Cpu> VcpuThread<C> {
             self.reflect(|cpu| cpu.reflect_bp());
         }
         if hits.is_empty() {
-            if step {
+            // Who steps over a breakpoint steps over all iterations: they are one crossing.
+            let goes_on = self.stepped.as_ref().is_some_and(|stepped| {
+                stepped.has_not_run_at(exit.pc) || stepped.goes_on_at(exit.pc) && mode == RunMode::Continue
+            });
+            if step && !goes_on {
                 self.step_done(mode);
             }
             return;
+        }
+        // A watchpoint says nothing about the instruction behind the access (law 22), and does not
+        // end a crossing either while a REP goes on.
+        let crossing = hits.iter().any(|(behind, _)| behind.request.on == Trigger::Execute);
+        let gdb_knows = self.told.is_some_and(|told| told.pc == exit.pc);
+        let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(exit.pc));
+        if crossing || !goes_on {
+            self.told = crossing.then_some(Told { pc: exit.pc, crossing });
         }
         if step {
             // The instruction is done too; the hit is the reason that is told.
             self.end_step();
         }
-        // A watchpoint says nothing about the instruction behind the access (law 22).
-        let crossing = hits.iter().any(|(_, request, _)| request.on == Trigger::Execute);
-        self.told = crossing.then_some(Told { pc: exit.pc, crossing });
         let mut reasons: Vec<StopReason> = Vec::new();
-        for (_, request, addr) in hits {
+        for (behind, addr) in hits {
+            let SlotOwner { owner, request, .. } = behind;
+            // Whoever was stopped here by a step has seen this crossing; the others have not.
+            if gdb_knows && owner.level == Level::Gdb && request.on == Trigger::Execute {
+                continue;
+            }
+            if self.ask_handler(&behind, exit.pc) == Disposition::Continue {
+                continue;
+            }
             let reason = match request.on {
                 Trigger::Execute => StopReason::Breakpoint(request),
                 _ => StopReason::Watchpoint { request, addr },
@@ -313,7 +367,18 @@ impl<C: Cpu> VcpuThread<C> {
                 reasons.push(reason);
             }
         }
-        self.stop(reasons);
+        if !reasons.is_empty() {
+            self.stop(reasons);
+        } else if step {
+            self.tell_step(mode);
+        }
+    }
+
+    /// What the owner's handler says about a hit; without one, a hit is a stop.
+    fn ask_handler(&mut self, behind: &SlotOwner, pc: u64) -> Disposition {
+        let Some(handler) = &behind.handler else { return Disposition::Stop };
+        let (owner, request, vcpu) = (behind.owner, behind.request, self.id);
+        handler.call(&mut Hit { owner, request, vcpu, pc, state: &mut HitState(&mut self.cpu) })
     }
 
     fn reflect(&mut self, inject: impl FnOnce(&mut C) -> io::Result<()>) {
@@ -334,6 +399,11 @@ impl<C: Cpu> VcpuThread<C> {
     fn step_done(&mut self, mode: RunMode) {
         self.end_step();
         self.told = None;
+        self.tell_step(mode);
+    }
+
+    /// A step was done; stops if that is what the vCPU was resumed for.
+    fn tell_step(&mut self, mode: RunMode) {
         let stop = match mode {
             RunMode::Continue | RunMode::Parked => false,
             RunMode::Step => true,

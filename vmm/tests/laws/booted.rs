@@ -1,0 +1,167 @@
+//! The product as its users have it: a guest booted by [`Vm`], its console, its memory.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use trapline_guests::{demo, fixture, symbol};
+use trapline_vmm::boot::{ApStart, BootRequest, Image};
+use trapline_vmm::debug::{Breakpoint, Owner, ResumePlan, RunMode, Stop, VcpuId};
+use trapline_vmm::devices::Console;
+use trapline_vmm::limits::MIB;
+use trapline_vmm::vcpu::Registers;
+use trapline_vmm::{Vm, VmConfig};
+
+use crate::clock::wait_for;
+use crate::lane::Need;
+
+/// Decides, before each arming of a vCPU, whether it fails.
+pub(crate) type ArmHook = Arc<dyn Fn(VcpuId) -> io::Result<()> + Send + Sync>;
+
+pub(crate) struct Booted {
+    pub(crate) vm: Vm,
+    pub(crate) image: &'static [u8],
+    console: Arc<Mutex<Vec<u8>>>,
+}
+
+#[derive(Clone)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Booted {
+    /// The demo guest, stopped while all its CPUs count.
+    pub(crate) fn counting_demo(cpus: u32, hook: Option<ArmHook>) -> Self {
+        let mut demo = Self::new(trapline_guests::demo(), cpus, "quiet", ap_start(), hook);
+        demo.go();
+        wait_for("all CPUs to count", || (0..cpus).all(|cpu| demo.count(cpu) > 0).then_some(()));
+        demo.vm.stop().unwrap();
+        demo
+    }
+
+    /// The fixture with properties for its CPUs.
+    pub(crate) fn fixture(cpus: u32, properties: &str, ap_start: ApStart) -> Self {
+        Self::new(fixture::image(), cpus, &format!("run={properties}"), ap_start, None)
+    }
+
+    /// The guest that does one thing.
+    pub(crate) fn act(cpus: u32, what: &str) -> Self {
+        Self::new(trapline_guests::acts(), cpus, &format!("run={what}"), ap_start(), None)
+    }
+
+    pub(crate) fn new(
+        image: &'static [u8],
+        cpus: u32,
+        cmdline: &str,
+        ap_start: ApStart,
+        arm_hook: Option<ArmHook>,
+    ) -> Self {
+        let console = Arc::new(Mutex::new(Vec::new()));
+        let boot = BootRequest {
+            kernel: Image::Bytes(image),
+            name: "guest",
+            initrd: None,
+            cmdline,
+            cpus,
+            ap_start,
+            protocol: None,
+        };
+        let output = Console::new(Lines(console.clone()));
+        let vm = Vm::boot(VmConfig { memory: 64 * MIB, boot, console: output, arm_hook }).unwrap();
+        Booted { vm, image, console }
+    }
+
+    pub(crate) fn at(&self, label: &str) -> u64 {
+        symbol(self.image, label).unwrap_or_else(|| panic!("the guest has no {label}"))
+    }
+
+    pub(crate) fn cpus(&self) -> u32 {
+        self.vm.vcpus() as u32
+    }
+
+    pub(crate) fn plan(&self, mode: RunMode) -> ResumePlan {
+        ResumePlan::all(self.vm.vcpus(), mode)
+    }
+
+    /// Only `vcpu`, in this mode.
+    pub(crate) fn only(&self, vcpu: u32, mode: RunMode) -> ResumePlan {
+        self.plan(RunMode::Parked).with(VcpuId(vcpu), mode)
+    }
+
+    /// All go on; nothing may be pending.
+    pub(crate) fn go(&mut self) {
+        let plan = self.plan(RunMode::Continue);
+        assert_eq!(self.vm.resume(&plan).unwrap(), None);
+    }
+
+    /// Goes on as `plan` says, until a stop.
+    pub(crate) fn run(&mut self, plan: &ResumePlan) -> Stop {
+        match self.vm.resume(plan).unwrap() {
+            Some(pending) => pending,
+            None => self.wait(),
+        }
+    }
+
+    /// All go on, until a stop.
+    pub(crate) fn run_all(&mut self) -> Stop {
+        let plan = self.plan(RunMode::Continue);
+        self.run(&plan)
+    }
+
+    pub(crate) fn wait(&mut self) -> Stop {
+        wait_for("a stop", || self.vm.poll().unwrap())
+    }
+
+    pub(crate) fn set(&mut self, breakpoint: Breakpoint) {
+        self.vm.set_breakpoint(Owner::GDB, breakpoint).unwrap();
+    }
+
+    pub(crate) fn clear(&mut self, breakpoint: Breakpoint) {
+        self.vm.clear_breakpoint(Owner::GDB, breakpoint).unwrap();
+    }
+
+    pub(crate) fn registers(&mut self, cpu: u32) -> Registers {
+        self.vm.registers(VcpuId(cpu)).unwrap()
+    }
+
+    /// A u64 in guest memory; readable while the guest runs.
+    pub(crate) fn word(&self, addr: u64) -> u64 {
+        let mut bytes = [0; 8];
+        assert_eq!(self.vm.read_physical(addr, &mut bytes), 8);
+        u64::from_le_bytes(bytes)
+    }
+
+    /// How often a CPU of the demo has counted, at `count_up_here`.
+    pub(crate) fn count(&self, cpu: u32) -> u64 {
+        self.word(demo::count_address(cpu).unwrap())
+    }
+
+    pub(crate) fn counts(&self) -> Vec<u64> {
+        (0..self.cpus()).map(|cpu| self.count(cpu)).collect()
+    }
+
+    /// #DB and #BP that the demo saw.
+    pub(crate) fn guest_debug_exceptions(&self) -> u64 {
+        self.word(self.at("debug_exceptions_seen")) + self.word(self.at("breakpoint_exceptions_seen"))
+    }
+
+    pub(crate) fn console(&self) -> String {
+        String::from_utf8_lossy(&self.console.lock().unwrap()).into_owned()
+    }
+}
+
+/// APs start as on a PC, where debugging that start does not take the machine along.
+pub(crate) fn ap_start() -> ApStart {
+    match Need::RealModeSlots.missing() {
+        None => ApStart::Sipi,
+        Some(_) => ApStart::Mailbox,
+    }
+}

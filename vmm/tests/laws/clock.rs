@@ -1,0 +1,48 @@
+//! Waiting, always for a bounded time. The bounds are against hanging; no test asserts a duration.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Long enough for a loaded machine that emulates another one.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Looks again and again until `look` finds something.
+pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(started.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain for {what}");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// Something behind a lock whose changes can be waited for.
+pub(crate) struct Monitor<T> {
+    value: Mutex<T>,
+    changed: Condvar,
+}
+
+impl<T> Monitor<T> {
+    pub(crate) fn new(value: T) -> Arc<Self> {
+        Arc::new(Self { value: Mutex::new(value), changed: Condvar::new() })
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
+        // A failed test leaves its vCPU threads behind; they may go on.
+        self.value.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn change<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
+        let result = change(&mut self.lock());
+        self.changed.notify_all();
+        result
+    }
+
+    /// Whether `until` came true in time.
+    pub(crate) fn wait(&self, time: Duration, mut until: impl FnMut(&mut T) -> bool) -> bool {
+        let waited = self.changed.wait_timeout_while(self.lock(), time, |value| !until(value));
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+}

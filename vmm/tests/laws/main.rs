@@ -1,0 +1,47 @@
+//! The laws of guest debugging, each shown on this host's KVM by small guests.
+//!
+//! A trial is named after the law that it shows (docs/laws.md has the table). What this KVM cannot
+//! do is found out first ([`lane`]); a trial that needs it is ignored, and its kind names what is
+//! missing, so that the closing line counts it.
+//!
+//! Two benches: [`rig`] puts the product's coordinator and vCPUs around a bare virtual machine,
+//! with a spy at every vCPU; [`booted`] is the product as its users have it.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod arming;
+mod booted;
+mod clock;
+mod lane;
+mod law;
+mod lifecycle;
+mod once;
+mod rig;
+mod spy;
+mod step;
+mod stop_all;
+mod traps;
+mod update;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, ColorSetting};
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // What a lane's console says is read by a script.
+    if !lane::lane().is_empty() {
+        arguments.color.get_or_insert(ColorSetting::Never);
+    }
+    let laws = [
+        arming::laws(),
+        update::laws(),
+        once::laws(),
+        stop_all::laws(),
+        traps::laws(),
+        step::laws(),
+        lifecycle::laws(),
+    ]
+    .concat();
+    let trials = laws.into_iter().map(law::Law::trial).collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
