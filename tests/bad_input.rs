@@ -155,7 +155,9 @@ fn no_permission_on_dev_kvm() {
     let program = Path::new(env!("CARGO_BIN_EXE_trapline"));
     let directory = TempDir::new_in("/tmp").unwrap();
     let copy = directory.path().join("trapline");
-    fs::copy(program, &copy).unwrap();
+    // By another process: a test beside this one that forks while we have the copy open for
+    // writing would keep it busy ("Text file busy").
+    assert!(Command::new("cp").arg(program).arg(&copy).status().expect("cp").success());
     fs::set_permissions(directory.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let is_root = rustix::process::geteuid().is_root();
     let mut command = if is_root {
