@@ -1,8 +1,8 @@
 //! The console: a 16550 at COM1 (vm-superio), its output and its input.
 //!
-//! Input comes from the event loop ([`Serial::push_input`]) and waits in a queue of [`CONSOLE_INPUT_QUEUE`] bytes
-//! until the guest listens and has room in the FIFO, so nothing is lost while the guest is slow. The event loop asks
-//! [`Serial::input_room`] before it reads from the terminal, and is told through an eventfd when there is room again.
+//! Input comes from whoever reads the user's ([`Serial::push_input`]) and waits in a queue of [`CONSOLE_INPUT_QUEUE`] bytes
+//! until the guest listens and has room in the FIFO, so nothing is lost while the guest is slow. The reader asks
+//! [`Serial::input_room`] before it reads on, and is told through an eventfd when there is room again.
 //!
 //! A guest listens when it has enabled the interrupt for received data, or when it looks at the line status again and
 //! again. Before that nothing goes into the FIFO: drivers that set up the port read and throw away what is there (Linux
