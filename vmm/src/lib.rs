@@ -20,7 +20,7 @@ pub mod memory;
 pub mod msrs;
 pub mod paging;
 #[cfg(not(feature = "shuttle"))]
-mod probe;
+pub mod probe;
 mod sync;
 pub mod vcpu;
 #[cfg(not(feature = "shuttle"))]

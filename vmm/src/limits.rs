@@ -8,6 +8,12 @@ pub const ACK_DEADLINE: Duration = Duration::from_secs(10);
 /// How long to wait for an answer before the vCPU is kicked again.
 pub const KICK_INTERVAL: Duration = Duration::from_millis(2);
 
+/// How long a guest of the probe may run; they have a few instructions each.
+pub const PROBE_RUN: Duration = Duration::from_secs(10);
+
+/// How long the probe's vCPU is kicked before it is given up.
+pub const PROBE_STUCK: Duration = Duration::from_secs(60);
+
 /// Most vCPUs of one machine. xAPIC ids (8 bits) and the tables sized by it are far from full at this number.
 pub const MAX_VCPUS: u32 = 64;
 

@@ -153,7 +153,8 @@ impl Vm {
     fn can_trigger(&self, request: Breakpoint) -> Result<(), BreakpointError> {
         if request.on.is_watch() {
             let unsupported = |why: String| BreakpointError::Unsupported { request, why };
-            if !probe::data_watch_fires().map_err(unsupported)? {
+            let host = probe::capabilities().map_err(|error| unsupported(error.to_string()))?;
+            if !host.can_watch_in_hardware() {
                 return Err(unsupported("this host's KVM accepts data watchpoints and never triggers them".to_owned()));
             }
         }

@@ -318,7 +318,7 @@ fn memory_is_read_through_the_guests_own_page_tables() {
     assert_eq!(read(&mut guest, fixture::HOLE - 16, 64).len(), 16);
     assert_eq!(read(&mut guest, fixture::ALIAS + fixture::MEMORY - 8, 64).len(), 8);
     for nothing in [fixture::HOLE, fixture::MMIO, 0x2_0000_0000, 0x8000_0000_0000_0000, u64::MAX - 3] {
-        assert_eq!(read(&mut guest, nothing, 8), [], "at {nothing:#x}");
+        assert_eq!(read(&mut guest, nothing, 8), [0u8; 0], "at {nothing:#x}");
     }
     // Written through one window, seen through the others; over the edge nothing is written at all.
     assert!(guest.vm.write_memory(vcpu, fixture::ALIAS + fixture::SOURCE, b"trapline").unwrap());
