@@ -102,7 +102,7 @@ fn l13_exactly_once_toggling_1000_rounds() {
             if round % 4 == 1 {
                 let cpu = round / 4 % 4;
                 let before = demo.count(cpu);
-                wait_for("the guest to count", || (demo.count(cpu) > before).then_some(()));
+                demo.wait_for("the guest to count", |demo| (demo.count(cpu) > before).then_some(()));
             }
             let stop = demo.vm.stop().unwrap();
             assert_eq!(stop.reason, StopReason::Interrupted, "round {round}: told of what is gone");
