@@ -15,15 +15,17 @@ mod breakpoint;
 mod classify;
 mod handler;
 mod image;
+mod inplace;
 mod registers;
 mod slots;
 mod stop;
 
 pub use breakpoint::{Breakpoint, BreakpointError, Level, Owner, Trigger};
-pub use classify::{Causes, DebugExit, Expectation, classify};
+pub use classify::{Causes, DebugExit, Expectation, classify, is_ours_alone};
 pub(crate) use handler::GuestState;
 pub use handler::{Disposition, Handler, Hit};
 pub use image::{DebugImage, Epoch, Slot, SlotOwner};
+pub use inplace::{General, carry_out};
 pub use registers::{Dr6, Dr7, SLOTS, SlotCondition, SlotLen};
 pub use slots::{Notice, Prepared, SlotTable};
 pub use stop::{Crash, Ending, ResumePlan, RunMode, Stop, StopReason, VcpuId};

@@ -15,11 +15,12 @@ use std::io;
 
 use super::Registers;
 use super::cpu::{Arming, Cpu, Exit};
+use super::over;
 use super::protocol::{Answer, Command, Event, Message, Reply, Request};
 use super::step::Stepped;
 use crate::debug::{
     Causes, DebugExit, DebugImage, Disposition, Expectation, GuestState, Hit, Level, RunMode, Slot, SlotOwner,
-    StopReason, Trigger, VcpuId, classify,
+    StopReason, Trigger, VcpuId, classify, is_ours_alone,
 };
 use crate::sync::{Arc, mpsc};
 
@@ -220,6 +221,9 @@ impl<C: Cpu> VcpuThread<C> {
 
     /// One entry into the guest.
     fn run_once(&mut self, mode: RunMode) {
+        if self.is_over_in_place(mode) {
+            return;
+        }
         let entry = match self.prepare(mode) {
             Ok(entry) => entry,
             Err(error) => {
@@ -237,6 +241,22 @@ impl<C: Cpu> VcpuThread<C> {
         self.incomplete = false;
         let exit = self.cpu.run();
         self.handle(exit, &entry, mode);
+    }
+
+    /// Gets off a breakpoint that was told without an entry, if its instruction allows that (law 41).
+    fn is_over_in_place(&mut self, mode: RunMode) -> bool {
+        let on = self.told.filter(|told| told.crossing && mode == RunMode::Continue && self.stepped.is_none());
+        // What is not armed as for running on may hide the guest's TF.
+        let over = match on {
+            Some(told) => self.arm(Arming::run(&self.image)).and_then(|()| over::in_place(&mut self.cpu, told.pc)),
+            None => return false,
+        };
+        // The step that is tried next tells what went wrong.
+        let done = over.unwrap_or(false);
+        if done {
+            self.told = None;
+        }
+        done
     }
 
     /// Decides what to arm for the next entry and arms it: the slots, less those that this vCPU
@@ -318,7 +338,11 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     fn trapped(&mut self, exit: DebugExit, entry: &Entry, mode: RunMode) {
-        let (guest_tf, guest_dr7) = self.cpu.guest_debug_state().unwrap_or((false, 0));
+        // Asked only where it matters: it costs an ioctl.
+        let (guest_tf, guest_dr7) = match is_ours_alone(exit, &self.image, entry.expect) {
+            true => (false, 0),
+            false => self.cpu.guest_debug_state().unwrap_or((false, 0)),
+        };
         let causes = classify(exit, &self.image, entry.expect, guest_tf, guest_dr7);
         let Causes { step, hits, guest_db, guest_bp } = causes;
         if let Some(causes) = guest_db {
