@@ -20,8 +20,12 @@
 //! because commands are obeyed in order, the undoing commands that were queued behind the one it
 //! missed put it right once it wakes (law 18).
 
+mod alone;
+
 use std::collections::VecDeque;
 use std::ops::Range;
+
+use alone::Alone;
 
 use crate::debug::{
     Breakpoint, BreakpointError, Change, DebugImage, Ending, Handler, INT3, Level, Mechanism, Notice, Offer, Owner,
@@ -104,6 +108,8 @@ pub struct Coordinator {
     ending: Option<Ending>,
     /// Registers of parked vCPUs, as far as somebody has asked. Valid while the world stands.
     registers: Vec<Option<Registers>>,
+    /// vCPUs that must step over a patch.
+    alone: Alone,
     /// Evictions and returns that nobody has asked about yet.
     notices: Vec<Notice>,
     seq: u64,
@@ -148,6 +154,7 @@ impl Coordinator {
             world: World::Stopped,
             pending: VecDeque::new(),
             ending: None,
+            alone: Alone::default(),
             notices: Vec::new(),
             seq: 0,
         })
@@ -349,6 +356,10 @@ impl Coordinator {
     /// missed, it undoes that. A vCPU that has parked itself stays: its stop is still to be told,
     /// and there.
     fn unpark(&mut self) {
+        if self.alone.holds() {
+            return; // until that one has answered
+        }
+        self.alone.forget();
         for n in 0..self.vcpus.len() {
             let seq = self.next_seq();
             self.send(n, seq, Request::Unpark);
@@ -363,8 +374,9 @@ impl Coordinator {
             World::Stopped | World::Over(_) => return Ok(()),
             World::Running => {}
         }
-        match self.ask_all(&Request::Park) {
+        match self.park_all() {
             Ok(()) => {
+                self.alone.forget();
                 self.world = World::Stopped;
                 Ok(())
             }
@@ -419,13 +431,16 @@ impl Coordinator {
         loop {
             match self.messages.try_recv() {
                 Ok(Message::Event(event)) => self.queue(event),
-                Ok(Message::Answer(_)) => {} // too late: whoever asked has given up on it
+                Ok(Message::WantsAlone(vcpu)) => self.alone.wants(vcpu),
+                // Too late: whoever asked has given up on it.
+                Ok(Message::Answer(answer)) => self.alone.hear(&answer),
                 Err(_) => break,
             }
         }
         if self.world != World::Running {
             return Ok(None);
         }
+        self.await_late_step()?;
         let mut went_on = Ok(());
         for vcpu in self.drop_removed() {
             let mode = self.vcpus[vcpu.index()].mode;
@@ -434,6 +449,9 @@ impl Coordinator {
         }
         went_on?;
         if !self.pending.iter().any(|stop| self.was_resumed(stop.vcpu)) {
+            if self.alone.is_wanted() {
+                self.step_those_that_wait()?;
+            }
             return Ok(None);
         }
         self.stop()?;
@@ -635,8 +653,13 @@ impl Coordinator {
         let mut answers: Vec<Option<Result<Reply, String>>> = asked.clone().map(|_| None).collect();
         let deadline = Deadline::after(ACK_DEADLINE);
         while answers.iter().any(Option::is_none) && !deadline.is_over() {
-            match deadline.recv(&self.messages, KICK_INTERVAL) {
+            let message = deadline.recv(&self.messages, KICK_INTERVAL);
+            if let Ok(Message::Answer(answer)) = &message {
+                self.alone.hear(answer);
+            }
+            match message {
                 Ok(Message::Event(event)) => self.queue(event),
+                Ok(Message::WantsAlone(vcpu)) => self.alone.wants(vcpu),
                 Ok(Message::Answer(Answer { vcpu, seq: answered, result })) if answered == seq => {
                     // The first answer counts; a second one changes nothing.
                     let place = vcpu.index().checked_sub(asked.start).and_then(|n| answers.get_mut(n));

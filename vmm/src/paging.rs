@@ -4,6 +4,8 @@
 //! outside RAM is the same as one that is not present. Permissions are not checked: a debugger
 //! reads and patches what the guest could not.
 
+use std::ops::Range;
+
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::vcpu::Registers;
@@ -91,6 +93,31 @@ impl Paging {
         self.pieces(memory, gva, into.len(), |gpa, range| read_physical(memory, gpa, &mut into[range]))
     }
 
+    /// As [`read`](Self::read); `show` gets each piece with its guest-physical address, and may change it.
+    pub fn read_shown(
+        &self,
+        memory: &GuestMemoryMmap,
+        gva: u64,
+        into: &mut [u8],
+        mut show: impl FnMut(u64, &mut [u8]),
+    ) -> usize {
+        self.pieces(memory, gva, into.len(), |gpa, range| {
+            let got = read_physical(memory, gpa, &mut into[range.clone()]);
+            show(gpa, &mut into[range][..got]);
+            got
+        })
+    }
+
+    /// Where `len` bytes from `gva` on lie, page by page; `None` if not all of them are RAM.
+    pub fn places(&self, memory: &GuestMemoryMmap, gva: u64, len: usize) -> Option<Vec<(u64, Range<usize>)>> {
+        let mut places = Vec::new();
+        let there = self.pieces(memory, gva, len, |gpa, range| {
+            places.push((gpa, range.clone()));
+            backed(memory, gpa, range.len())
+        });
+        (there == len).then_some(places)
+    }
+
     /// Writes all of `bytes` from `gva` on; whether it was done. If not, nothing was written.
     pub fn write(&self, memory: &GuestMemoryMmap, gva: u64, bytes: &[u8]) -> bool {
         let there = self.pieces(memory, gva, bytes.len(), |gpa, range| backed(memory, gpa, range.len()));
@@ -106,7 +133,7 @@ impl Paging {
         memory: &GuestMemoryMmap,
         gva: u64,
         len: usize,
-        mut each: impl FnMut(u64, std::ops::Range<usize>) -> usize,
+        mut each: impl FnMut(u64, Range<usize>) -> usize,
     ) -> usize {
         let mut done = 0;
         while done < len {
@@ -164,7 +191,7 @@ pub fn write_all_physical(memory: &GuestMemoryMmap, gpa: u64, bytes: &[u8]) -> b
 }
 
 /// How many bytes from `gpa` on, up to `len`, are RAM.
-fn backed(memory: &GuestMemoryMmap, gpa: u64, len: usize) -> usize {
+pub(crate) fn backed(memory: &GuestMemoryMmap, gpa: u64, len: usize) -> usize {
     if len == 0 || memory.check_range(GuestAddress(gpa), len) {
         return len;
     }

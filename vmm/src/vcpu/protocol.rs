@@ -27,6 +27,8 @@ pub(crate) enum Request {
     Unpark,
     /// What was reported at the present pc was never told to anybody: report it again.
     Untell,
+    /// All other vCPUs are parked: step over the patch on which this one waits to be alone.
+    StepOver,
     ReadRegisters,
     WriteRegisters(Box<Registers>),
     ReadActivity,
@@ -41,6 +43,8 @@ pub(crate) enum Request {
 pub(crate) enum Message {
     Answer(Answer),
     Event(Event),
+    /// This vCPU has parked itself until it may step over a patch with all others parked.
+    WantsAlone(VcpuId),
 }
 
 #[derive(Debug)]

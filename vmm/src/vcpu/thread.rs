@@ -11,6 +11,8 @@
 //! The loop clears the kick *before* it looks at the inbox: a kick that arrives later makes the
 //! next entry return at once, so that no command waits for a guest exit (law C2).
 
+mod patch;
+
 use std::io;
 
 use super::Registers;
@@ -18,8 +20,8 @@ use super::cpu::{Arming, Cpu, Exit};
 use super::protocol::{Answer, Command, Event, Message, Reply, Request};
 use super::step::Stepped;
 use crate::debug::{
-    Causes, DebugExit, DebugImage, Disposition, Expectation, GuestState, Hit, Level, Piece, RunMode, Slot, SlotOwner,
-    Stop, StopReason, Trigger, VcpuId, classify,
+    BP, Causes, Crash, DebugExit, DebugImage, Disposition, Expectation, GuestState, Hit, INT3, Level, Piece, RunMode,
+    Slot, SlotOwner, Stop, StopReason, Trigger, VcpuId, classify,
 };
 use crate::limits::PAGE_SIZE;
 use crate::sync::{Arc, mpsc};
@@ -133,6 +135,7 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     fn obey(&mut self, command: Command) {
+        let late = matches!(command.request, Request::StepOver);
         let result = match command.request {
             Request::Install(image) => self.install(image).map(|()| Reply::Done),
             Request::Park => {
@@ -142,6 +145,8 @@ impl<C: Cpu> VcpuThread<C> {
                 self.park().map(|()| Reply::Done)
             }
             Request::Resume(mode) => {
+                // One that is to stay parked now does not go on at the next Unpark either.
+                self.parked_from = None;
                 self.resume(mode);
                 Ok(Reply::Done)
             }
@@ -153,6 +158,10 @@ impl<C: Cpu> VcpuThread<C> {
             }
             Request::Untell => {
                 self.told = None;
+                Ok(Reply::Done)
+            }
+            Request::StepOver => {
+                self.step_over();
                 Ok(Reply::Done)
             }
             Request::ReadRegisters => self.cpu.registers().map(|r| Reply::Registers(Box::new(r))),
@@ -167,6 +176,10 @@ impl<C: Cpu> VcpuThread<C> {
         };
         let result = result.map_err(|error| error.to_string());
         self.send(Message::Answer(Answer { vcpu: self.id, seq: command.seq, result }));
+        if late {
+            // All others wait for this one; if the coordinator has given up on it, it must look again.
+            (self.notify)();
+        }
     }
 
     /// The pieces of a linear range in guest-physical memory, page by page.
@@ -192,6 +205,7 @@ impl<C: Cpu> VcpuThread<C> {
         // On failure KVM has kept what it had, and so does this thread.
         self.cpu.arm(&arming)?;
         self.armed = Some(arming);
+        self.cpu.hide(&image);
         self.image = image;
         Ok(())
     }
@@ -235,11 +249,14 @@ impl<C: Cpu> VcpuThread<C> {
 
     /// One entry into the guest.
     fn run_once(&mut self, mode: RunMode) {
+        if self.stands_on_told_patch() {
+            return self.want_alone(mode);
+        }
         let entry = match self.prepare(mode) {
             Ok(entry) => entry,
             Err(error) => {
                 let errno = error.raw_os_error().unwrap_or(0);
-                return self.stop(StopReason::Crash(crate::debug::Crash::RunFailed { errno }));
+                return self.stop(StopReason::Crash(Crash::RunFailed { errno }));
             }
         };
         if self.halts(&entry) {
@@ -291,12 +308,13 @@ impl<C: Cpu> VcpuThread<C> {
         heard.fold(0, |bits, (n, _)| bits | 1 << n)
     }
 
-    /// Whether the step is over a HLT that no armed slot stops at first.
-    fn halts(&self, entry: &Entry) -> bool {
+    /// Whether the step is over a HLT that no armed slot and no patch stops at first.
+    fn halts(&mut self, entry: &Entry) -> bool {
         let armed = |(n, _): (usize, _)| entry.expect.suspended & 1 << n == 0;
         entry.stepping
             && self.stepped.as_ref().is_some_and(Stepped::halts)
             && !self.image.exec_slots_at(entry.from).any(armed)
+            && self.patch_under(entry.from).is_none()
     }
 
     fn handle(&mut self, exit: Exit, entry: &Entry, mode: RunMode) {
@@ -313,7 +331,12 @@ impl<C: Cpu> VcpuThread<C> {
                 self.settle();
                 self.stop(reason);
             }
+            Exit::Debug(exit) if exit.exception == BP && self.ran_into_patch(exit.pc, mode) => {}
             Exit::Debug(exit) => self.trapped(exit, entry, mode),
+            // A KVM that interprets ring 0 does not know INT3 (law 54).
+            Exit::Crash(Crash::EmulationFailure { bytes })
+                if bytes.first() == Some(&INT3)
+                    && self.cpu.pc().is_ok_and(|pc| self.ran_into_patch(pc, mode)) => {}
             Exit::Crash(crash) => self.stop(StopReason::Crash(crash)),
         }
     }
@@ -352,13 +375,19 @@ impl<C: Cpu> VcpuThread<C> {
             }
             return;
         }
+        self.hit(hits, exit.pc, step, mode);
+    }
+
+    /// Requests have triggered at `pc`, with the data address of each; `step` says that the step is
+    /// done as well.
+    fn hit(&mut self, hits: Vec<(SlotOwner, u64)>, pc: u64, step: bool, mode: RunMode) {
         // A watchpoint says nothing about the instruction behind the access (law 22), and does not
         // end a crossing either while a REP goes on.
         let crossing = hits.iter().any(|(behind, _)| behind.request.on == Trigger::Execute);
-        let gdb_knows = self.told.is_some_and(|told| told.pc == exit.pc);
-        let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(exit.pc));
+        let gdb_knows = self.told.is_some_and(|told| told.pc == pc);
+        let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(pc));
         if crossing || !goes_on {
-            self.told = crossing.then_some(Told { pc: exit.pc, crossing });
+            self.told = crossing.then_some(Told { pc, crossing });
         }
         if step {
             // The instruction is done too; the hit is the reason that is told.
@@ -371,7 +400,7 @@ impl<C: Cpu> VcpuThread<C> {
             if gdb_knows && owner.level == Level::Gdb && request.on == Trigger::Execute {
                 continue;
             }
-            if self.ask_handler(&behind, exit.pc) == Disposition::Continue {
+            if self.ask_handler(&behind, pc) == Disposition::Continue {
                 continue;
             }
             let reason = match request.on {

@@ -15,6 +15,7 @@ mod lane;
 mod law;
 mod lifecycle;
 mod once;
+mod patch;
 mod rig;
 mod spy;
 mod step;
@@ -47,6 +48,7 @@ fn all() -> Vec<Law> {
         stop_all::laws(),
         traps::laws(),
         step::laws(),
+        patch::laws(),
         lifecycle::laws(),
     ]
     .concat()
