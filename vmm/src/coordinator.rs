@@ -29,12 +29,12 @@ use alone::Alone;
 
 use crate::debug::{
     Breakpoint, BreakpointError, Change, DebugImage, Ending, Handler, INT3, Level, Mechanism, Notice, Offer, Owner,
-    Piece, Place, Prepared, ResumePlan, RunMode, SlotTable, Stop, StopReason, VcpuId,
+    Place, Prepared, ResumePlan, RunMode, SlotTable, Stop, StopReason, VcpuId,
 };
 use crate::ground::{Ground, NoGround};
 use crate::limits::{ACK_DEADLINE, KICK_INTERVAL, MAX_WATCHED};
 use crate::sync::{Arc, Deadline, Missed, mpsc, thread};
-use crate::vcpu::protocol::{Answer, Command, Event, Message, Reply, Request};
+use crate::vcpu::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
 use crate::vcpu::thread::VcpuThread;
 use crate::vcpu::{Activity, Cpu, Registers};
 
@@ -63,6 +63,12 @@ pub enum CoordinatorError {
     NoSuchVcpu {
         /// The one that was asked for.
         vcpu: VcpuId,
+    },
+    /// What was to be written lies under breakpoints, and they could not be told.
+    #[error("the bytes under the breakpoints there could not be changed: {error}")]
+    UnderPatches {
+        /// What went wrong; nothing has changed.
+        error: String,
     },
     /// The operation needs a stopped world.
     #[error("the guest is running; stop it first")]
@@ -232,8 +238,26 @@ impl Coordinator {
     }
 
     fn change(&mut self, changes: &[Change]) -> Result<(), BreakpointError> {
+        self.look_at_places();
         match self.table.prepare(changes)? {
             Some(prepared) => self.apply(prepared),
+            None => Ok(()),
+        }
+    }
+
+    /// The guest may have changed its code since a place of it was asked for: who comes to be served
+    /// there now puts back what is there now.
+    fn look_at_places(&mut self) {
+        self.table.refresh(|gpa| original(&*self.ground, &self.image, gpa));
+    }
+
+    /// The guest is to have `bytes`, `(gpa, byte)` each, under its patches (law 55). Where none is this
+    /// changes nothing.
+    pub fn write_under_patches(&mut self, bytes: &[(u64, u8)]) -> Result<(), CoordinatorError> {
+        match self.table.prepare_originals(bytes) {
+            Some(prepared) => {
+                self.apply(prepared).map_err(|error| CoordinatorError::UnderPatches { error: error.to_string() })
+            }
             None => Ok(()),
         }
     }
@@ -257,8 +281,8 @@ impl Coordinator {
             }
             let ranges = open.iter().map(|&i| (requests[i].0.addr, requests[i].0.len)).collect();
             if let Ok(Reply::Located(found)) = self.ask(VcpuId(n), Request::Locate(ranges)) {
-                for (i, pieces) in open.into_iter().zip(found) {
-                    places[i] = pieces.and_then(|pieces| self.place(pieces));
+                for (i, located) in open.into_iter().zip(found) {
+                    places[i] = located.and_then(|located| self.place(located));
                 }
             }
         }
@@ -266,13 +290,11 @@ impl Coordinator {
     }
 
     /// The place that has these pieces, if all of them are RAM.
-    fn place(&self, pieces: Vec<Piece>) -> Option<Place> {
+    fn place(&self, Located { pieces, user }: Located) -> Option<Place> {
         let mut byte = [0];
         let there = pieces.iter().all(|piece| self.ground.read(piece.gpa, &mut byte) == 1);
         let first = pieces.first().filter(|_| there)?.gpa;
-        self.ground.read(first, &mut byte);
-        let original = self.image.patch_at(first).map_or(byte[0], |patch| patch.original);
-        Some(Place { pieces, original })
+        Some(Place { original: original(&*self.ground, &self.image, first)?, pieces, user })
     }
 
     /// Disarms `request` on every vCPU, or nowhere. A hit on it that nobody was told of is dropped.
@@ -282,6 +304,7 @@ impl Coordinator {
 
     /// Disarms everything that `level` holds.
     pub fn clear_level(&mut self, level: Level) -> Result<(), BreakpointError> {
+        self.look_at_places();
         match self.table.prepare_clear_level(level) {
             Some(prepared) => self.apply(prepared),
             None => Ok(()),
@@ -698,6 +721,9 @@ impl Coordinator {
     }
 
     fn kick(&self, n: usize) {
+        if self.alone.minds_kicks(VcpuId(n as u32)) {
+            return;
+        }
         let vcpu = &self.vcpus[n];
         if let Some(thread) = &vcpu.thread {
             (vcpu.kick)(thread);
@@ -714,6 +740,14 @@ impl Drop for Coordinator {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// What the guest has at `gpa`, under a patch or not.
+fn original(ground: &dyn Ground, image: &DebugImage, gpa: u64) -> Option<u8> {
+    let mut byte = [0];
+    let there = ground.read(gpa, &mut byte) == 1;
+    image.hide_patches(gpa, &mut byte);
+    there.then_some(byte[0])
 }
 
 /// Makes guest memory as `to` has it, from what it is under `from`; on error it is as it was.

@@ -11,6 +11,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use crate::vcpu::Registers;
 
 const PRESENT: u64 = 1;
+const USER: u64 = 1 << 2;
 const HUGE: u64 = 1 << 7;
 /// Bits 51:12, the widest physical address there is.
 const FRAME: u64 = 0x000f_ffff_ffff_f000;
@@ -49,6 +50,8 @@ pub struct Mapping {
     pub gpa: u64,
     /// Bytes from there to the end of the page.
     pub left: u64,
+    /// Ring 3 may use it, as far as the U/S bits say.
+    pub user: bool,
 }
 
 impl Paging {
@@ -56,7 +59,7 @@ impl Paging {
     pub fn translate(&self, memory: &GuestMemoryMmap, gva: u64) -> Option<Mapping> {
         if self.cr0 & CR0_PG == 0 || self.cr0 & CR0_PE == 0 {
             // 32-bit linear addresses, each its own physical one.
-            return (gva >> 32 == 0).then(|| Mapping { gpa: gva, left: (1 << 32) - gva });
+            return (gva >> 32 == 0).then(|| Mapping { gpa: gva, left: (1 << 32) - gva, user: false });
         }
         if self.efer & EFER_LMA != 0 {
             let levels = if self.cr4 & CR4_LA57 != 0 { 5 } else { 4 };
@@ -81,11 +84,12 @@ impl Paging {
         if self.cr4 & CR4_PSE != 0 && directory & HUGE != 0 {
             let offset = gva & 0x3f_ffff;
             let base = (directory & 0xffc0_0000) | ((directory >> 13) & 0xff) << 32;
-            return Some(Mapping { gpa: base | offset, left: 0x40_0000 - offset });
+            return Some(Mapping { gpa: base | offset, left: 0x40_0000 - offset, user: directory & USER != 0 });
         }
         let table = entry_32(memory, (directory & 0xffff_f000) + (gva >> 12 & 0x3ff) * 4)?;
         let offset = gva & 0xfff;
-        Some(Mapping { gpa: (table & 0xffff_f000) | offset, left: 0x1000 - offset })
+        let user = directory & table & USER != 0;
+        Some(Mapping { gpa: (table & 0xffff_f000) | offset, left: 0x1000 - offset, user })
     }
 
     /// Reads from `gva` on; how many bytes could be read before the first that is not there.
@@ -151,14 +155,16 @@ impl Paging {
 
 /// Walks `levels` levels of eight-byte entries.
 fn walk_64(memory: &GuestMemoryMmap, mut table: u64, gva: u64, levels: u32) -> Option<Mapping> {
+    let mut user = true;
     for level in (0..levels).rev() {
         let shift = 12 + 9 * level;
         let entry = entry_64(memory, table + (gva >> shift & 0x1ff) * 8)?;
+        user &= entry & USER != 0;
         let is_leaf = level == 0 || (level <= 2 && entry & HUGE != 0);
         if is_leaf {
             let size = 1u64 << shift;
             let offset = gva & (size - 1);
-            return Some(Mapping { gpa: (entry & FRAME & !(size - 1)) | offset, left: size - offset });
+            return Some(Mapping { gpa: (entry & FRAME & !(size - 1)) | offset, left: size - offset, user });
         }
         table = entry & FRAME;
     }
@@ -225,12 +231,24 @@ mod tests {
         put(&m, 0x3000, 0x4003);
         put(&m, 0x3008, 0x20_0083); // 2 MiB page at gva 0x20_0000
         put(&m, 0x4000 + 8 * 5, 0x8000_0000_0000_9003); // 4 KiB page at gva 0x5000, NX set
-        assert_eq!(LONG.translate(&m, 0x5123), Some(Mapping { gpa: 0x9123, left: 0xedd }));
-        assert_eq!(LONG.translate(&m, 0x20_0010), Some(Mapping { gpa: 0x20_0010, left: 0x1f_fff0 }));
-        assert_eq!(LONG.translate(&m, 0x4000_0010), Some(Mapping { gpa: 0x10, left: 0x3fff_fff0 }));
+        assert_eq!(LONG.translate(&m, 0x5123), Some(Mapping { gpa: 0x9123, left: 0xedd, user: false }));
+        assert_eq!(LONG.translate(&m, 0x20_0010), Some(Mapping { gpa: 0x20_0010, left: 0x1f_fff0, user: false }));
+        assert_eq!(LONG.translate(&m, 0x4000_0010), Some(Mapping { gpa: 0x10, left: 0x3fff_fff0, user: false }));
         assert_eq!(LONG.translate(&m, 0x6000), None);
         assert_eq!(LONG.translate(&m, 0x0000_8000_0000_0000), None, "not canonical");
         assert_eq!(LONG.translate(&m, 0xffff_8000_0000_0000), None, "canonical, not mapped");
+    }
+
+    #[test]
+    fn what_ring_3_may_use_has_the_bit_on_every_level() {
+        let m = memory();
+        let entries = [(0x1000, 0x2000), (0x2000, 0x3000), (0x3000, 0x4000), (0x4000, 0x9000)];
+        for without in 0..5 {
+            for (n, (at, next)) in entries.into_iter().enumerate() {
+                put(&m, at, next | if n == without { 3 } else { 7 });
+            }
+            assert_eq!(LONG.translate(&m, 0x42), Some(Mapping { gpa: 0x9042, left: 0xfbe, user: without == 4 }));
+        }
     }
 
     #[test]

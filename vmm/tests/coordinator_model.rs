@@ -262,7 +262,7 @@ impl World {
     /// now is an INT3 in memory.
     fn patching(vcpus: usize) -> Self {
         let mut world = Self::new(vcpus);
-        let offer = Offer { data_slots: true, patches: true, pages: false };
+        let offer = Offer { patches: true, ..Offer::SLOTS };
         world.coordinator.use_ground(Box::new(world.memory.clone()), offer);
         for n in 0..4 {
             world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(0xdead_0000 + n)).unwrap();

@@ -18,6 +18,8 @@ pub(super) struct Alone {
     last: Option<(VcpuId, u64)>,
     /// Its answer is there. Until then the patch may be out of memory, and nobody else may run.
     answered: bool,
+    /// It has missed its deadline.
+    late: bool,
 }
 
 impl Alone {
@@ -46,6 +48,11 @@ impl Alone {
         self.stepping().is_some()
     }
 
+    /// Whether a kick could only disturb this one: it waits at its inbox, and then it steps.
+    pub(super) fn minds_kicks(&self, vcpu: VcpuId) -> bool {
+        !self.late && self.stepping().is_some_and(|(stepping, _)| stepping == vcpu)
+    }
+
     /// All vCPUs go on or are stopped for good: who still has to step will say so again.
     pub(super) fn forget(&mut self) {
         *self = Alone::default();
@@ -59,7 +66,8 @@ impl Coordinator {
         self.ask_all(&Request::Park)?;
         while let Some(vcpu) = self.alone.waiting.pop_front() {
             let seq = self.next_seq();
-            (self.alone.last, self.alone.answered) = (Some((vcpu, seq)), false);
+            let waiting = std::mem::take(&mut self.alone.waiting);
+            self.alone = Alone { waiting, last: Some((vcpu, seq)), answered: false, late: false };
             self.send(vcpu.index(), seq, Request::StepOver);
             self.answer_of(vcpu, seq)?;
         }
@@ -85,6 +93,8 @@ impl Coordinator {
     }
 
     fn answer_of(&mut self, vcpu: VcpuId, seq: u64) -> Result<(), CoordinatorError> {
-        self.collect(seq, vcpu.index()..vcpu.index() + 1).swap_remove(0).map(|_| ())
+        let answer = self.collect(seq, vcpu.index()..vcpu.index() + 1).swap_remove(0);
+        self.alone.late = matches!(answer, Err(CoordinatorError::NoAnswer { .. }));
+        answer.map(|_| ())
     }
 }

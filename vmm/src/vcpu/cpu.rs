@@ -82,6 +82,11 @@ pub trait Cpu {
     /// Guest-physical address of a linear one; `None` if it is not mapped.
     fn translate(&mut self, addr: u64) -> Option<u64>;
 
+    /// Whether ring 3 may use what is at a linear address, as far as the page tables say.
+    fn is_users(&mut self, _addr: u64) -> bool {
+        false
+    }
+
     /// RAM from a guest-physical address on, as it is; how many bytes could be read.
     fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize;
 

@@ -317,6 +317,10 @@ impl Cpu for KvmCpu {
         Some(self.paging().ok()?.translate(&self.memory, addr)?.gpa)
     }
 
+    fn is_users(&mut self, addr: u64) -> bool {
+        self.paging().is_ok_and(|paging| paging.translate(&self.memory, addr).is_some_and(|mapping| mapping.user))
+    }
+
     fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize {
         read_physical(&self.memory, gpa, into)
     }

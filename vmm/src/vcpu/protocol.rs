@@ -60,7 +60,15 @@ pub(crate) enum Reply {
     Registers(Box<Registers>),
     Activity(Activity),
     /// For each range its pieces in guest-physical memory; `None` if not all of it is mapped.
-    Located(Vec<Option<Vec<Piece>>>),
+    Located(Vec<Option<Located>>),
+}
+
+/// Where a linear range is.
+#[derive(Debug, Clone)]
+pub(crate) struct Located {
+    pub(crate) pieces: Vec<Piece>,
+    /// Its first byte can be ring 3's.
+    pub(crate) user: bool,
 }
 
 /// A vCPU has parked itself for these stops of its own. Never empty.

@@ -17,7 +17,7 @@ use std::io;
 
 use super::Registers;
 use super::cpu::{Arming, Cpu, Exit};
-use super::protocol::{Answer, Command, Event, Message, Reply, Request};
+use super::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
 use super::step::Stepped;
 use crate::debug::{
     BP, Causes, Crash, DebugExit, DebugImage, Disposition, Expectation, GuestState, Hit, INT3, Level, Piece, RunMode,
@@ -183,7 +183,7 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// The pieces of a linear range in guest-physical memory, page by page.
-    fn locate(&mut self, (addr, len): (u64, u64)) -> Option<Vec<Piece>> {
+    fn locate(&mut self, (addr, len): (u64, u64)) -> Option<Located> {
         let mut pieces = Vec::new();
         let mut done = 0;
         while done < len {
@@ -192,7 +192,7 @@ impl<C: Cpu> VcpuThread<C> {
             pieces.push(Piece { gpa: self.cpu.translate(at)?, len: piece });
             done += piece;
         }
-        Some(pieces)
+        Some(Located { pieces, user: self.cpu.is_users(addr) })
     }
 
     /// The coordinator may be gone already; then nobody wants to hear.

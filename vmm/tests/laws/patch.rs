@@ -198,7 +198,7 @@ fn l55_what_is_read_shows_no_patch() {
     rig.read_ram(bp, &mut there);
     assert_eq!(there, [INT3, original[1], original[2], original[3]], "no patch at all");
     assert_eq!(rig.run_first(RunMode::Continue), StopReason::GuestExit(0));
-    assert_eq!(seen.load(Ordering::SeqCst), u32::from_le_bytes(original).into());
+    assert_eq!(seen.load(Ordering::SeqCst), u64::from(u32::from_le_bytes(original)));
 
     // And the product's own reads, linear and physical, of one byte and of many.
     let mut demo = patching_demo(1);
@@ -460,7 +460,8 @@ fn l58_a_patch_on_a_hlt() {
     rig.interrupt_guest(0, fixture::vector::MESSAGE);
     assert_eq!(rig.wait().reason, StopReason::GuestExit(0));
     let log = rig.log();
-    assert_eq!(log.iter().map(|entry| entry.vector).collect::<Vec<_>>(), [fixture::vector::MESSAGE.into()]);
+    let vectors: Vec<u64> = log.iter().map(|entry| entry.vector).collect();
+    assert_eq!(vectors, [u64::from(fixture::vector::MESSAGE)]);
 }
 
 /// `stepi` onto a patch, over it, and away.

@@ -117,7 +117,7 @@ impl Rig {
 
     /// What finds no slot from now on becomes a patch.
     pub(crate) fn offer_patches(&mut self) {
-        let offer = Offer { data_slots: true, patches: true, pages: false };
+        let offer = Offer { patches: true, ..Offer::SLOTS };
         self.coordinator.use_ground(Box::new(RamGround(self.ram.clone())), offer);
     }
 

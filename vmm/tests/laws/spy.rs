@@ -229,11 +229,6 @@ impl Cpu for Spied {
         self.cpu.translate(addr)
     }
 
-    fn translate(&mut self, addr: u64) -> Option<u64> {
-        self.spy.visit();
-        self.cpu.translate(addr)
-    }
-
     fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize {
         self.spy.visit();
         self.cpu.read_physical(gpa, into)
