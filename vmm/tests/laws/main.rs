@@ -11,10 +11,12 @@
 mod arming;
 mod booted;
 mod clock;
+mod inquest;
 mod lane;
 mod law;
 mod lifecycle;
 mod once;
+mod over;
 mod patch;
 mod rig;
 mod spy;
@@ -45,6 +47,7 @@ fn all() -> Vec<Law> {
         arming::laws(),
         update::laws(),
         once::laws(),
+        over::laws(),
         stop_all::laws(),
         traps::laws(),
         step::laws(),

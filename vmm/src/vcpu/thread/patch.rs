@@ -50,11 +50,12 @@ impl<C: Cpu> VcpuThread<C> {
             let asked = |behind: &&SlotOwner| behind.request.addr == pc;
             let owners = self.image.patch_at(gpa).map_or(&[][..], |patch| &patch.owners);
             let hits: Vec<(SlotOwner, u64)> = owners.iter().filter(asked).map(|behind| (behind.clone(), pc)).collect();
-            if hits.is_empty() {
-                // Another linear address of the same byte: nobody's, but it is to be stepped over (law 57).
+            if hits.is_empty() || self.is_back(pc) {
+                // Another linear address of the same byte, which is nobody's (law 57), or the crossing
+                // that was told goes on: it is only to be stepped over.
                 self.told = Some(Told { pc, crossing: true });
             } else {
-                self.hit(hits, pc, false, mode);
+                self.hit(hits, pc, None, mode);
             }
         }
         true
@@ -87,8 +88,10 @@ impl<C: Cpu> VcpuThread<C> {
         let Some(patch) = self.patch_under(pc).filter(|_| self.cpu.pc().is_ok_and(|now| now == pc)) else { return };
         self.state = State::Running(mode);
         if let Err(error) = self.write_byte(patch.gpa, patch.original) {
-            return self.stop(StopReason::Crash(Crash::RunFailed { errno: error.raw_os_error().unwrap_or(0) }));
+            let error = format!("the breakpoint at {pc:#x} could not be taken out for a step: {error}");
+            return self.stop(StopReason::Crash(Crash::EntryFailed { error }));
         }
+        self.alone = true;
         for _ in 0..ENTRIES {
             // Each entry is one step: the inbox does not wait long for its turn.
             self.cpu.clear_kick();
@@ -97,6 +100,7 @@ impl<C: Cpu> VcpuThread<C> {
                 break;
             }
         }
+        self.alone = false;
         // Completed first: the access that the instruction makes may be a store to its own place.
         if let State::Running(mode) = self.state {
             self.parked_from = Some(mode);
