@@ -92,7 +92,15 @@ impl Vm {
             let _ = notify.write(1);
         })
         .map_err(resources)?;
-        Ok(Self { coordinator, offered: false, ram, serial: machine.serial, entry: machine.entry, events, _vm: machine.vm })
+        Ok(Self {
+            coordinator,
+            offered: false,
+            ram,
+            serial: machine.serial,
+            entry: machine.entry,
+            events,
+            _vm: machine.vm,
+        })
     }
 
     /// Readable whenever [`poll`](Self::poll) may have something to say.

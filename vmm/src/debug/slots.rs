@@ -232,7 +232,8 @@ impl SlotTable {
                 },
                 Some(place) if place.user && !request.on.is_watch() => BreakpointError::Unsupported {
                     request,
-                    why: "this host's KVM gives an INT3 in ring 3 to the guest, and the hardware slots are taken".to_owned(),
+                    why: "this host's KVM gives an INT3 in ring 3 to the guest, and the hardware slots are taken"
+                        .to_owned(),
                 },
                 _ => BreakpointError::NotMapped { request },
             };
@@ -379,7 +380,9 @@ fn serve(held: &mut [Held], offer: Offer) -> Vec<Chunk> {
                 used.extend(missing);
                 Some(Mechanism::Slots)
             }
-            _ if by_patch(request, offer) && place.is_some_and(|place| can_patch(place, offer)) => Some(Mechanism::Patch),
+            _ if by_patch(request, offer) && place.is_some_and(|place| can_patch(place, offer)) => {
+                Some(Mechanism::Patch)
+            }
             _ if by_pages(request, offer) && place.is_some() => Some(Mechanism::Pages),
             _ => None,
         };

@@ -415,8 +415,7 @@ impl<C: Cpu> VcpuThread<C> {
             Exit::Debug(exit) => self.trapped(exit, entry, mode),
             // A KVM that interprets ring 0 does not know INT3 (law 54).
             Exit::Crash(Crash::EmulationFailure { bytes })
-                if bytes.first() == Some(&INT3)
-                    && self.cpu.pc().is_ok_and(|pc| self.ran_into_patch(pc, mode)) => {}
+                if bytes.first() == Some(&INT3) && self.cpu.pc().is_ok_and(|pc| self.ran_into_patch(pc, mode)) => {}
             Exit::Crash(crash) => self.stop(StopReason::Crash(crash)),
         }
     }

@@ -11,6 +11,7 @@
 mod arming;
 mod booted;
 mod clock;
+mod fire;
 mod inquest;
 mod lane;
 mod law;
@@ -47,6 +48,7 @@ fn all() -> Vec<Law> {
         arming::laws(),
         update::laws(),
         once::laws(),
+        fire::laws(),
         over::laws(),
         stop_all::laws(),
         traps::laws(),

@@ -128,7 +128,13 @@ impl Rig {
     /// What every vCPU that does not step is to be armed with: the image in force, bit by bit.
     pub(crate) fn published(&self) -> Arming {
         let image = self.coordinator.image();
-        Arming { addresses: image.addresses(), dr7: image.dr7(), step: false, block_irq: false, int3: !image.patches().is_empty() }
+        Arming {
+            addresses: image.addresses(),
+            dr7: image.dr7(),
+            step: false,
+            block_irq: false,
+            int3: !image.patches().is_empty(),
+        }
     }
 
     /// All vCPUs in one mode.
