@@ -6,7 +6,7 @@
 //! arming and the next removal must have numbers without gap or repetition; and the counts read
 //! before and behind each change of the set say at which crossing they had to begin and to end.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,26 +27,79 @@ pub(crate) fn laws() -> Vec<Law> {
 }
 
 const CPUS: u32 = 4;
-/// Hits in all, unless `TRAPLINE_FIRE_HITS` asks for more.
+/// Hits in all, unless `TRAPLINE_FIRE_HITS` asks for more, and hits for each change of the set.
 const HITS: u64 = 10_000;
+const HITS_A_CHANGE: u64 = 50;
 /// Most hits between two changes of the set, and most time.
 const HITS_PER_CHANGE: u64 = 60;
 const TIME_PER_CHANGE: Duration = Duration::from_millis(30);
 /// Two of four slots: one that stays and is never evicted, and one for those that come and go.
 const MOST_PLAIN: usize = 2;
 const MOST_HELD: usize = 6;
+/// Hits that a failure shows.
+const RECENT: usize = 32;
+
+/// Lengths of `incq (%rdi)`, `incq 8(%rdi)` and `endbr64`.
+const INC_COUNT: u64 = 3;
+const INC_TRACED: u64 = 4;
+const ENDBR: u64 = 4;
 
 const HARNESS: Owner = Owner::harness(0);
 
 /// A place in the guest that every vCPU comes by and counts.
 struct Place {
+    n: usize,
     name: String,
     request: Breakpoint,
     /// Where each vCPU counts this.
     counters: Vec<u64>,
     /// The vCPU whose count is watched: nobody else stores there.
     only: Option<u32>,
+    counted: Counted,
     spans: Mutex<Vec<Span>>,
+}
+
+/// When the guest counts a crossing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Counted {
+    /// By the very instruction.
+    Here,
+    /// Some instructions before it.
+    Before,
+    /// Some instructions behind it.
+    Behind,
+    /// By the store that is watched, and is told when it is done.
+    Watched,
+}
+
+impl Counted {
+    /// The number of the crossing that is told when the guest has counted so many.
+    fn number(self, count: u64) -> Option<u64> {
+        match self {
+            Counted::Here | Counted::Behind => Some(count),
+            Counted::Before | Counted::Watched => count.checked_sub(1),
+        }
+    }
+
+    /// Which crossing may be the first that is told after an arming between these two counts.
+    fn first(self, (before, after): (u64, u64)) -> (u64, u64) {
+        match self {
+            Counted::Here | Counted::Watched => (before, after),
+            // It is counted, and perhaps not yet there.
+            Counted::Before => (before.saturating_sub(1), after),
+            // It was there, and is perhaps not yet counted.
+            Counted::Behind => (before, after + 1),
+        }
+    }
+
+    /// Which may be the first that is not told after a removal between these two.
+    fn end(self, (before, after): (u64, u64)) -> (u64, u64) {
+        match self {
+            Counted::Here | Counted::Behind => (before, after + 1),
+            Counted::Before => (before.saturating_sub(1), after),
+            Counted::Watched => (before, after),
+        }
+    }
 }
 
 /// What one vCPU did at one place: crossings are numbered from 0, by the guest.
@@ -80,19 +133,20 @@ impl Span {
         Ok(())
     }
 
-    /// It was removed, between these two counts. `behind`: what is told is told after its crossing.
-    fn close(&mut self, removed: (u64, u64), behind: bool) -> Result<(), String> {
+    /// It was removed, between these two counts. What `stops` all may have happened without anybody
+    /// having been told yet, and then nobody is.
+    fn close(&mut self, removed: (u64, u64), counted: Counted, stops: bool) -> Result<(), String> {
         let next = self.before.map_or(0, |before| before + 1);
-        let (earliest, latest) = (self.armed.0.max(next), self.armed.1.max(next));
+        let (earliest, latest) = counted.first(self.armed);
+        let (earliest, latest) = (earliest.max(next), latest.max(next));
+        let (end, most) = counted.end(removed);
+        let end = end.saturating_sub(u64::from(stops && counted == Counted::Watched));
         let right = match self.told {
-            // All crossings that were over before the removal began were told, and none that began after it.
-            Some((first, last)) => {
-                let end = removed.1 + u64::from(!behind);
-                (earliest..=latest).contains(&first) && (removed.0..=end).contains(&(last + 1))
-            }
-            None => removed.0 <= latest,
+            // All that were over before the removal began were told, and none that began after it.
+            Some((first, last)) => (earliest..=latest).contains(&first) && (end..=most).contains(&(last + 1)),
+            None => end <= latest,
         };
-        let result = if right { Ok(()) } else { Err(format!("told {:?}: {self:?}, removed {removed:?}", self.told)) };
+        let result = if right { Ok(()) } else { Err(format!("{self:?}, removed {removed:?}")) };
         self.before = self.told.map(|(_, last)| last).or(self.before);
         (self.open, self.told) = (false, None);
         result
@@ -100,17 +154,13 @@ impl Span {
 }
 
 impl Place {
-    fn new(name: &str, request: Breakpoint, counters: Vec<u64>, only: Option<u32>) -> Arc<Self> {
+    fn new(name: &str, request: Breakpoint, counters: &[u64], counted: Counted) -> Self {
         let spans = Mutex::new(vec![Span::default(); CPUS as usize]);
-        Arc::new(Self { name: name.to_owned(), request, counters, only, spans })
+        Self { n: 0, name: name.to_owned(), request, counters: counters.to_vec(), only: None, counted, spans }
     }
 
     fn spans(&self) -> MutexGuard<'_, Vec<Span>> {
         self.spans.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn behind(&self) -> bool {
-        self.request.on.is_watch()
     }
 
     fn counts(&self, demo: &Booted) -> Vec<u64> {
@@ -123,19 +173,28 @@ impl Place {
 struct Tally {
     hits: AtomicU64,
     wrong: Mutex<Vec<String>>,
+    /// The last hits of all vCPUs: who, where, and how often it had counted.
+    recent: Mutex<VecDeque<(u32, usize, Option<u64>)>>,
 }
 
 impl Tally {
     /// One hit, whoever heard of it, when the vCPU's own count was `count`.
     fn hit(&self, place: &Place, vcpu: VcpuId, count: Option<u64>) {
-        let crossing = count.and_then(|count| count.checked_sub(u64::from(place.behind())));
+        let crossing = count.and_then(|count| place.counted.number(count));
         let told = match crossing {
             None => Err("the guest's count is not to be had".to_owned()),
             Some(_) if place.only.is_some_and(|cpu| cpu != vcpu.0) => Err("it does not store there".to_owned()),
             Some(crossing) => place.spans()[vcpu.index()].tell(crossing),
         };
         self.hits.fetch_add(1, SeqCst);
-        self.must(place, vcpu.0, told);
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        recent.truncate(RECENT - 1);
+        recent.push_front((vcpu.0, place.n, count));
+        if let Err(what) = told {
+            let of_this: Vec<_> = recent.iter().filter(|hit| hit.0 == vcpu.0).map(|hit| (hit.1, hit.2)).collect();
+            drop(recent);
+            self.must(place, vcpu.0, Err(format!("{what}; before (place, count): {of_this:?}")));
+        }
     }
 
     fn must(&self, place: &Place, cpu: u32, result: Result<(), String>) {
@@ -214,7 +273,11 @@ impl Fire {
                         span.armed = counts;
                         Ok(())
                     }
-                    (true, false) => span.close(counts, place.behind()),
+                    (true, false) if place.only.is_some_and(|only| only != cpu) => {
+                        span.open = false;
+                        Ok(()) // Nothing was to be told, and nothing was.
+                    }
+                    (true, false) => span.close(counts, place.counted, self.held[n] == Some(Held::Stopping)),
                     (false, false) if span.told.is_some() => Err("told, although it was never armed".to_owned()),
                     (false, false) => {
                         span.open = false;
@@ -235,7 +298,8 @@ impl Fire {
         let handler = Handler::new(move |hit| {
             let mut count = [0; 8];
             let read = hit.read(place.counters[hit.vcpu.index()], &mut count) == count.len();
-            let misplaced = hit.request != place.request || !place.behind() && hit.pc != place.request.addr;
+            let watched = place.counted == Counted::Watched;
+            let misplaced = hit.request != place.request || !watched && hit.pc != place.request.addr;
             tally.hit(&place, hit.vcpu, (read && !misplaced).then(|| u64::from_le_bytes(count)));
             Disposition::Continue
         });
@@ -261,10 +325,9 @@ impl Fire {
     fn remove(&mut self, n: usize) {
         let held = self.held[n].expect("it is held");
         let request = self.places[n].request;
-        // Before the call: what waits for the slot may have it during the call.
-        self.held[n] = None;
         let cleared = self.change(None, |demo| demo.vm.clear_breakpoint(held.owner(), request));
         self.demo.must(cleared);
+        self.held[n] = None;
         assert!(!self.served[n], "{} was removed and is served", self.places[n].name);
     }
 
@@ -337,11 +400,10 @@ impl Fire {
     }
 
     /// Lets the guest run into what is armed.
-    fn burn(&mut self, target: u64) {
+    fn burn(&mut self) {
         let (started, before) = (Instant::now(), self.hits());
         let most = 1 + self.random.below(HITS_PER_CHANGE);
-        let enough = |fire: &Self| fire.hits() >= target || fire.hits() >= before + most;
-        while !enough(self) && started.elapsed() < TIME_PER_CHANGE {
+        while self.hits() < before + most && started.elapsed() < TIME_PER_CHANGE {
             let stop = self.demo.vm.poll();
             match self.demo.must(stop) {
                 Some(stop) => {
@@ -362,7 +424,11 @@ impl Fire {
 
     fn check(&mut self) {
         let wrong = std::mem::take(&mut *self.tally.wrong.lock().unwrap());
-        assert!(wrong.is_empty(), "after {} hits and {:?} changes: {wrong:#?}", self.hits(), self.changes);
+        if !wrong.is_empty() {
+            let held: Vec<_> =
+                self.places.iter().filter_map(|p| Some((p.n, &p.name, self.held[p.n]?, self.served[p.n]))).collect();
+            panic!("after {} hits and {:?} changes, held {held:?}: {wrong:#?}", self.hits(), self.changes);
+        }
     }
 }
 
@@ -370,23 +436,33 @@ impl Fire {
 fn places(demo: &Booted) -> Vec<Arc<Place>> {
     let counters = |of: fn(u32) -> Option<u64>| -> Vec<u64> { (0..CPUS).map(|cpu| of(cpu).unwrap()).collect() };
     let (counts, traced) = (counters(demo::count_address), counters(demo::traced_count_address));
-    let exec =
-        |name: &str, counters: &[u64]| Place::new(name, Breakpoint::exec(demo.at(name)), counters.to_vec(), None);
+    let rounds = counters(demo::rounds_address);
+    let exec = |name: &str, behind: u64, counters: &[u64], counted| {
+        let request = Breakpoint::exec(demo.at(name) + behind);
+        Place::new(&format!("{name}+{behind}"), request, counters, counted)
+    };
     let mut places = vec![
-        exec("count_up_traced_here", &traced),
-        exec("count_up_here", &counts),
-        exec("count_up_traced", &traced),
-        exec("count_a_round", &counters(demo::rounds_address)),
+        exec("count_up_traced_here", 0, &traced, Counted::Here),
+        exec("count_up_here", 0, &counts, Counted::Here),
+        exec("count_up_here", INC_COUNT, &counts, Counted::Before),
+        exec("count_up_traced", 0, &traced, Counted::Behind),
+        exec("count_up_traced", ENDBR, &traced, Counted::Behind),
+        exec("count_up_traced_here", INC_TRACED, &traced, Counted::Before),
+        exec("count_a_round", 0, &rounds, Counted::Behind),
     ];
+    // The lengths above are right: a RET, a POP, and a NOP of five bytes stand there.
+    let opcodes = [2, 5, 4].map(|n: usize| demo.word(places[n].request.addr).to_le_bytes()[0]);
+    assert_eq!(opcodes, [0xc3, 0x5d, 0x0f]);
     if Need::DataWatch.missing().is_none() {
         for cpu in 0..CPUS {
             for (name, counters) in [("count", &counts), ("traced_count", &traced)] {
                 let watch = Breakpoint::watch(counters[cpu as usize], 8, Trigger::Write);
-                places.push(Place::new(&format!("cpus[{cpu}].{name}"), watch, counters.clone(), Some(cpu)));
+                let place = Place::new(&format!("cpus[{cpu}].{name}"), watch, counters, Counted::Watched);
+                places.push(Place { only: Some(cpu), ..place });
             }
         }
     }
-    places
+    places.into_iter().enumerate().map(|(n, place)| Arc::new(Place { n, ..place })).collect()
 }
 
 fn l13_exactly_once_under_fire() {
@@ -402,8 +478,8 @@ fn l13_exactly_once_under_fire() {
     fire.add(0, Held::Counting);
     fire.go();
     let mut moved = (Instant::now(), 0);
-    while fire.hits() < target {
-        fire.burn(target);
+    while fire.hits() < target || fire.changes.iter().sum::<u64>() < target / HITS_A_CHANGE {
+        fire.burn();
         fire.disturb();
         if !fire.demo.vm.is_running() {
             fire.go();
