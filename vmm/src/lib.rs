@@ -12,6 +12,7 @@ pub mod coordinator;
 pub mod cpuid;
 pub mod debug;
 pub mod devices;
+pub mod ground;
 pub mod limits;
 #[cfg_attr(feature = "shuttle", allow(dead_code))]
 mod machine;

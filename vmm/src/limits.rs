@@ -27,6 +27,9 @@ pub const GIB: u64 = 1 << 30;
 /// Size of a guest page, in bytes; guest memory is a multiple of it.
 pub const PAGE_SIZE: u64 = 4 * KIB;
 
+/// Most bytes of one watched range. Every page of it can cost a memory slot of KVM's.
+pub const MAX_WATCHED: u64 = 64 * MIB;
+
 /// Least guest memory, in bytes: the first MiB belongs to tables and firmware areas, an image needs some more.
 pub const MIN_MEMORY: u64 = 2 * MIB;
 /// Most guest memory, in bytes. Above the 39 physical address bits of the smallest hosts nothing could be mapped.
