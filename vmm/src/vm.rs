@@ -154,7 +154,7 @@ impl Vm {
         if request.on.is_watch() {
             let unsupported = |why: String| BreakpointError::Unsupported { request, why };
             let host = probe::capabilities().map_err(|error| unsupported(error.to_string()))?;
-            if !host.can_watch_in_hardware() {
+            if !host.offer().data_slots {
                 return Err(unsupported("this host's KVM accepts data watchpoints and never triggers them".to_owned()));
             }
         }

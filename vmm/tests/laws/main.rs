@@ -11,6 +11,7 @@
 mod arming;
 mod booted;
 mod clock;
+mod doctor;
 mod lane;
 mod law;
 mod lifecycle;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
 fn all() -> Vec<Law> {
     [
         vec![law!(the_table_of_laws_has_a_row_for_every_test)],
+        doctor::laws(),
         arming::laws(),
         update::laws(),
         once::laws(),
