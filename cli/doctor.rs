@@ -140,32 +140,49 @@ fn sections(host: &Capabilities) -> [(&'static str, Vec<Row>); 5] {
     let (claims, seen, offer) = (&host.claims, &host.seen, host.offer());
     let hardware = claims.hardware_breakpoints;
     [
-        ("Breakpoints", vec![
-            row("kernel code", hardware, slot(seen.x_cpl0), by_slots(seen.x_cpl0, "")),
-            row("user code", hardware, slot(seen.x_cpl3), by_slots(seen.x_cpl3, "never hit")),
-            row("INT3, kernel code", claims.software_breakpoints, int3(seen.int3_cpl0), by_patches(offer)),
-            row("INT3, user code", claims.software_breakpoints, int3(seen.int3_cpl3), ""),
-        ]),
-        ("Watchpoints", vec![
-            row("writes of kernel code", hardware, slot(seen.w_data), by_watches(seen.w_data, offer)),
-            row("writes of user code", hardware, slot(seen.w_data_cpl3), by_watches(seen.w_data_cpl3, offer)),
-            row("reads and writes", hardware, slot(seen.rw_data), by_slots(seen.rw_data, "refused")),
-            row("read-only pages, kernel", claims.readonly_memory, readonly(seen.readonly_write), by_pages(offer)),
-            row("read-only pages, user", claims.readonly_memory, readonly(seen.readonly_write_cpl3), by_pages(offer)),
-        ]),
-        ("Single-step", vec![
-            row("kernel code", claims.single_step, step(seen.ss_cpl0), by_kvm(seen.ss_cpl0)),
-            row("user code", claims.single_step, step(seen.ss_cpl3), by_kvm(seen.ss_cpl3)),
-            row("interrupts held back", claims.block_irq, block_irq(seen.blockirq), ""),
-            row("HLT", None, halt(seen.hlt_halts), ""),
-        ]),
-        ("The guest's own debugging", vec![
-            row("its breakpoints, alone", None, guest_slots(seen.guest_x), "the guest"),
-            row("its watchpoints, alone", None, guest_slots(seen.guest_w), "the guest"),
-            row("its breakpoints beside ours", None, guest_slots(seen.guest_x_overlaid), ""),
-            row("its steps beside ours", None, guest_step(seen.guest_tf_overlaid), ""),
-            row("its writes to DR0-7", None, dr_access(seen.gd_exit), ""),
-        ]),
+        (
+            "Breakpoints",
+            vec![
+                row("kernel code", hardware, slot(seen.x_cpl0), by_slots(seen.x_cpl0, "")),
+                row("user code", hardware, slot(seen.x_cpl3), by_slots(seen.x_cpl3, "never hit")),
+                row("INT3, kernel code", claims.software_breakpoints, int3(seen.int3_cpl0), by_patches(offer)),
+                row("INT3, user code", claims.software_breakpoints, int3(seen.int3_cpl3), ""),
+            ],
+        ),
+        (
+            "Watchpoints",
+            vec![
+                row("writes of kernel code", hardware, slot(seen.w_data), by_watches(seen.w_data, offer)),
+                row("writes of user code", hardware, slot(seen.w_data_cpl3), by_watches(seen.w_data_cpl3, offer)),
+                row("reads and writes", hardware, slot(seen.rw_data), by_slots(seen.rw_data, "refused")),
+                row("read-only pages, kernel", claims.readonly_memory, readonly(seen.readonly_write), by_pages(offer)),
+                row(
+                    "read-only pages, user",
+                    claims.readonly_memory,
+                    readonly(seen.readonly_write_cpl3),
+                    by_pages(offer),
+                ),
+            ],
+        ),
+        (
+            "Single-step",
+            vec![
+                row("kernel code", claims.single_step, step(seen.ss_cpl0), by_kvm(seen.ss_cpl0)),
+                row("user code", claims.single_step, step(seen.ss_cpl3), by_kvm(seen.ss_cpl3)),
+                row("interrupts held back", claims.block_irq, block_irq(seen.blockirq), ""),
+                row("HLT", None, halt(seen.hlt_halts), ""),
+            ],
+        ),
+        (
+            "The guest's own debugging",
+            vec![
+                row("its breakpoints, alone", None, guest_slots(seen.guest_x), "the guest"),
+                row("its watchpoints, alone", None, guest_slots(seen.guest_w), "the guest"),
+                row("its breakpoints beside ours", None, guest_slots(seen.guest_x_overlaid), ""),
+                row("its steps beside ours", None, guest_step(seen.guest_tf_overlaid), ""),
+                row("its writes to DR0-7", None, dr_access(seen.gd_exit), ""),
+            ],
+        ),
         ("Control", vec![row("stopping a running vCPU", None, kick(seen.kick), "")]),
     ]
 }
@@ -324,10 +341,7 @@ fn notes(host: &Capabilities) -> Vec<&'static str> {
         failures.contains(&SoftwareInterrupt::EmulationFailure),
         "INT n, INT1 or INT3 in kernel code is an emulation failure for this KVM.",
     );
-    note(
-        seen.int_n_cpl3 == SoftwareInterrupt::InvalidOpcode,
-        "INT n in user code raises #UD in the guest.",
-    );
+    note(seen.int_n_cpl3 == SoftwareInterrupt::InvalidOpcode, "INT n in user code raises #UD in the guest.");
     note(
         seen.inject_bp_advances == InjectBp::Lost || seen.inject_bp_events == Inject::Lost,
         "A #BP that is given to the guest can be lost.",

@@ -753,7 +753,6 @@ mod tests {
         ) {
             let mut table = SlotTable::new(EVERYTHING);
             let mut shadow: Shadow = Vec::new();
-            let mut memory = DebugImage::default();
             for (add, owner, gpa, len, exec) in steps {
                 let (len, on) = if exec { (1, Trigger::Execute) } else { (len, Trigger::Write) };
                 let request = Breakpoint { addr: LINEAR + gpa, len, on };
@@ -771,7 +770,7 @@ mod tests {
                     false => shadow.retain(|have| *have != (owner, request)),
                 }
                 prop_assert!(prepared.notices().is_empty(), "somebody lost or regained");
-                memory = last(&prepared).clone();
+                let memory = last(&prepared).clone();
                 table.commit(prepared);
                 for byte in 0x1fe0..0x2060u64 {
                     let slot = |condition| memory.slots().iter().flatten().filter(move |slot| slot.condition == condition)

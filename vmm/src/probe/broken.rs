@@ -35,16 +35,26 @@ impl Capabilities {
         check(hw, HW_BP, "rw_data", slot(seen.rw_data, "access slots never fire in kernel code"));
         const SW_BP: &str = "KVM_GUESTDBG_USE_SW_BP";
         let sw = claims.software_breakpoints;
-        check(sw, SW_BP, "int3_cpl0", match seen.int3_cpl0 {
-            Int3::InternalError => Some("INT3 in kernel code is an emulation failure"),
-            Int3::ToGuest => Some("INT3 in kernel code goes to the guest"),
-            Int3::DebugExit | Int3::NotAsked | Int3::Unexpected => None,
-        });
-        check(sw, SW_BP, "int3_cpl3", match seen.int3_cpl3 {
-            Int3::InternalError => Some("INT3 in user code is an emulation failure"),
-            Int3::ToGuest => Some("INT3 in user code goes to the guest"),
-            Int3::DebugExit | Int3::NotAsked | Int3::Unexpected => None,
-        });
+        check(
+            sw,
+            SW_BP,
+            "int3_cpl0",
+            match seen.int3_cpl0 {
+                Int3::InternalError => Some("INT3 in kernel code is an emulation failure"),
+                Int3::ToGuest => Some("INT3 in kernel code goes to the guest"),
+                Int3::DebugExit | Int3::NotAsked | Int3::Unexpected => None,
+            },
+        );
+        check(
+            sw,
+            SW_BP,
+            "int3_cpl3",
+            match seen.int3_cpl3 {
+                Int3::InternalError => Some("INT3 in user code is an emulation failure"),
+                Int3::ToGuest => Some("INT3 in user code goes to the guest"),
+                Int3::DebugExit | Int3::NotAsked | Int3::Unexpected => None,
+            },
+        );
         const STEP: &str = "KVM_GUESTDBG_SINGLESTEP";
         let lost = |step, what| matches!(step, Step::ToGuest | Step::Never).then_some(what);
         check(claims.single_step, STEP, "ss_cpl0", lost(seen.ss_cpl0, "steps of kernel code do not come to us"));

@@ -160,9 +160,8 @@ mod tests {
         let (_folder, file, answers) = saved();
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
-            let writers: Vec<_> = (0..3)
-                .map(|_| scope.spawn(|| (0..50).for_each(|_| save_to(&file, &answers).unwrap())))
-                .collect();
+            let writers: Vec<_> =
+                (0..3).map(|_| scope.spawn(|| (0..50).for_each(|_| save_to(&file, &answers).unwrap()))).collect();
             scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
                     assert_eq!(load_from(&file, &answers.host).as_ref(), Some(&answers));
