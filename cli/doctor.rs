@@ -144,7 +144,7 @@ fn sections(host: &Capabilities) -> [(&'static str, Vec<Row>); 5] {
             "Breakpoints",
             vec![
                 row("kernel code", hardware, slot(seen.x_cpl0), by_slots(seen.x_cpl0, "")),
-                row("user code", hardware, slot(seen.x_cpl3), by_slots(seen.x_cpl3, "never hit")),
+                row("user code", hardware, slot(seen.x_cpl3), by_slots(seen.x_cpl3, "not served")),
                 row("INT3, kernel code", claims.software_breakpoints, int3(seen.int3_cpl0), by_patches(offer)),
                 row("INT3, user code", claims.software_breakpoints, int3(seen.int3_cpl3), ""),
             ],
@@ -343,8 +343,8 @@ fn notes(host: &Capabilities) -> Vec<&'static str> {
     );
     note(seen.int_n_cpl3 == SoftwareInterrupt::InvalidOpcode, "INT n in user code raises #UD in the guest.");
     note(
-        seen.inject_bp_advances == InjectBp::Lost || seen.inject_bp_events == Inject::Lost,
-        "A #BP that is given to the guest can be lost.",
+        matches!(seen.inject_bp_advances, InjectBp::Lost | InjectBp::Elsewhere),
+        "A #BP that is given to the guest is lost, or returns to a wrong address.",
     );
     note(seen.triple_fault == TripleFault::StateLost, "After a triple fault the vCPU's registers are lost.");
     note(
