@@ -17,6 +17,8 @@ pub mod limits;
 #[cfg_attr(feature = "shuttle", allow(dead_code))]
 mod machine;
 pub mod memory;
+#[cfg_attr(feature = "shuttle", allow(dead_code))]
+mod memslots;
 pub mod msrs;
 pub mod paging;
 #[cfg(not(feature = "shuttle"))]
