@@ -28,6 +28,6 @@ pub mod vcpu;
 #[cfg(not(feature = "shuttle"))]
 mod vm;
 
-pub use machine::HostError;
+pub use machine::{HostError, KvmGround};
 #[cfg(not(feature = "shuttle"))]
 pub use vm::{Vm, VmConfig, VmError};

@@ -57,7 +57,7 @@ impl MemorySlots {
         Self { ram, most: most.max(FEWEST_SLOTS), mapped }
     }
 
-    /// Makes `protected` (page numbers) read-only and nothing else, but what the number of slots
+    /// Makes the pages at these addresses read-only and nothing else, but what the number of slots
     /// forces. `set` is KVM_SET_USER_MEMORY_REGION.
     ///
     /// No vCPU may run: between a deletion and the creation that follows it the RAM is not there.
@@ -70,12 +70,13 @@ impl MemorySlots {
         protected: &BTreeSet<u64>,
         mut set: impl FnMut(Change) -> io::Result<()>,
     ) -> io::Result<()> {
-        if let Some(page) = protected.iter().find(|page| self.ram_of(**page).is_none()) {
-            let message = format!("the page at {:#x} is no RAM", page.saturating_mul(PAGE_SIZE));
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
-        }
+        let number = |addr: &u64| {
+            let page = Some(addr / PAGE_SIZE).filter(|page| addr.is_multiple_of(PAGE_SIZE) && self.ram_of(*page).is_some());
+            page.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("there is no page of RAM at {addr:#x}")))
+        };
+        let protected = protected.iter().map(number).collect::<io::Result<BTreeSet<u64>>>()?;
         let before = self.mapped.clone();
-        let wanted = self.layout(protected);
+        let wanted = self.layout(&protected);
         let Err(error) = self.become_layout(&wanted, &mut set) else { return Ok(()) };
         let old = before.iter().map(|(first, (piece, _))| (*first, *piece)).collect();
         match self.become_layout(&old, &mut set) {
@@ -133,7 +134,7 @@ impl MemorySlots {
         })
     }
 
-    /// Which pieces RAM is to be mapped in, by first page.
+    /// Which pieces RAM is to be mapped in, by first page, for these page numbers.
     fn layout(&self, protected: &BTreeSet<u64>) -> BTreeMap<u64, Piece> {
         let runs: Vec<Vec<(u64, u64)>> = self.ram.iter().map(|ram| runs(protected, pages_of(ram))).collect();
         let pieces = |runs: &[Vec<(u64, u64)>]| -> BTreeMap<u64, Piece> {
@@ -279,6 +280,10 @@ mod tests {
         }
     }
 
+    fn addresses(pages: &BTreeSet<u64>) -> BTreeSet<u64> {
+        pages.iter().map(|page| page * PAGE_SIZE).collect()
+    }
+
     fn expected(protected: &BTreeSet<u64>) -> BTreeMap<u64, bool> {
         (0..HIGH + PAGES).filter(|page| is_ram(*page)).map(|page| (page, protected.contains(&page))).collect()
     }
@@ -287,11 +292,11 @@ mod tests {
     fn neighbouring_pages_share_a_slot_and_what_stays_is_not_touched() {
         let (mut kvm, mut slots) = (Kvm::new(100), MemorySlots::new(ram(), 100));
         let pages = BTreeSet::from([3, 4, 5, 9]);
-        slots.protect(&pages, |change| kvm.set(change)).unwrap();
+        slots.protect(&addresses(&pages), |change| kvm.set(change)).unwrap();
         assert_eq!((kvm.slots.len(), kvm.calls), (6, 6), "five pieces for one of the two slots");
         assert_eq!(kvm.seen(), expected(&pages));
         // The same again is nothing to do; all off is the two slots of the beginning.
-        slots.protect(&pages, |change| kvm.set(change)).unwrap();
+        slots.protect(&addresses(&pages), |change| kvm.set(change)).unwrap();
         assert_eq!(kvm.calls, 6);
         slots.protect(&BTreeSet::new(), |change| kvm.set(change)).unwrap();
         assert_eq!(kvm.slots.len(), 2);
@@ -303,12 +308,12 @@ mod tests {
         let (mut kvm, mut slots) = (Kvm::new(100), MemorySlots::new(ram(), 100));
         let ends = BTreeSet::from([0, PAGES - 1, HIGH, HIGH + PAGES - 1]);
         for pages in [ends, (0..PAGES).collect()] {
-            slots.protect(&pages, |change| kvm.set(change)).unwrap();
+            slots.protect(&addresses(&pages), |change| kvm.set(change)).unwrap();
             assert_eq!(kvm.seen(), expected(&pages));
         }
-        for page in [PAGES, HIGH - 1, HIGH + PAGES, u64::MAX] {
-            let error = slots.protect(&BTreeSet::from([page]), |_| panic!("KVM is asked")).unwrap_err();
-            assert!(error.to_string().contains("is no RAM"), "{error}");
+        for addr in [PAGES * PAGE_SIZE, (HIGH - 1) * PAGE_SIZE, (HIGH + PAGES) * PAGE_SIZE, 0x800, u64::MAX, 1 << 63] {
+            let error = slots.protect(&BTreeSet::from([addr]), |_| panic!("KVM is asked")).unwrap_err();
+            assert!(error.to_string().contains("no page of RAM"), "{error}");
         }
     }
 
@@ -317,7 +322,7 @@ mod tests {
         let (mut kvm, mut slots) = (Kvm::new(8), MemorySlots::new(ram(), 8));
         // Four runs, nine pieces and the other range: ten slots, two too many.
         let pages = BTreeSet::from([2, 10, 12, 30]);
-        slots.protect(&pages, |change| kvm.set(change)).unwrap();
+        slots.protect(&addresses(&pages), |change| kvm.set(change)).unwrap();
         assert_eq!(kvm.seen(), expected(&BTreeSet::from([2, 10, 11, 12, 30])));
         assert_eq!(kvm.slots.len(), 8);
     }
@@ -327,7 +332,7 @@ mod tests {
         let (mut kvm, mut slots) = (Kvm::new(100), MemorySlots::new(ram(), 100));
         kvm.fail_at = Some(2);
         let mut calls = 0;
-        let error = slots.protect(&BTreeSet::from([3]), |change| {
+        let error = slots.protect(&addresses(&BTreeSet::from([3])), |change| {
             calls += 1;
             if calls == 3 { Err(io::ErrorKind::OutOfMemory.into()) } else { kvm.set(change) }
         });
@@ -354,7 +359,7 @@ mod tests {
             for (pages, fail_after) in changes {
                 kvm.fail_at = fail_after.map(|calls| kvm.calls + calls);
                 let before = kvm.seen();
-                match slots.protect(&pages, |change| kvm.set(change)) {
+                match slots.protect(&addresses(&pages), |change| kvm.set(change)) {
                     Ok(()) => in_force = pages,
                     Err(_) => prop_assert_eq!(kvm.seen(), before),
                 }
@@ -366,7 +371,7 @@ mod tests {
         #[test]
         fn few_slots_protect_more_and_never_less(pages in any_pages(), most in FEWEST_SLOTS..30) {
             let (mut kvm, mut slots) = (Kvm::new(most), MemorySlots::new(ram(), most));
-            slots.protect(&pages, |change| kvm.set(change)).unwrap();
+            slots.protect(&addresses(&pages), |change| kvm.set(change)).unwrap();
             let seen = kvm.seen();
             prop_assert!(pages.iter().all(|page| seen.get(page) == Some(&true)));
             prop_assert_eq!(seen.len() as u64, 2 * PAGES);

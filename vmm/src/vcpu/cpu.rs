@@ -15,6 +15,14 @@ pub enum Exit {
     Again,
     /// A port or MMIO access, already served. It is complete only after another entry (law C4).
     Served(Option<StopReason>),
+    /// A store, or a part of one, into a page of RAM that is read-only for the guest. It is not done
+    /// yet, although RIP is behind it already; like [`Served`](Self::Served), it is complete only after another entry.
+    Store {
+        /// Guest-physical address of the first byte.
+        gpa: u64,
+        /// What is stored, at most eight bytes.
+        data: Vec<u8>,
+    },
     /// #DB or #BP.
     Debug(DebugExit),
     /// The guest cannot go on.

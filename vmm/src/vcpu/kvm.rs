@@ -18,7 +18,7 @@ use kvm_bindings::{
     kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::VcpuFd;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::xsave::{put_fpu, to_fpu};
 use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Registers, Segment, kick};
@@ -99,6 +99,10 @@ impl KvmCpu {
                 let len = (mmio.len as usize).min(mmio.data.len());
                 let data = &mut mmio.data[..len];
                 if mmio.is_write != 0 {
+                    // RAM that is read-only for the guest: a page with watchpoints on it (law 66).
+                    if self.memory.address_in_range(GuestAddress(mmio.phys_addr)) {
+                        return Exit::Store { gpa: mmio.phys_addr, data: data.to_vec() };
+                    }
                     served(bus.mmio_write(mmio.phys_addr, data))
                 } else {
                     bus.mmio_read(mmio.phys_addr, data);

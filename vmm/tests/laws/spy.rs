@@ -23,6 +23,7 @@ pub(crate) struct Notes {
     pub(crate) entries: u64,
     pub(crate) kicked: u64,
     pub(crate) served: u64,
+    pub(crate) stored: u64,
     pub(crate) trapped: u64,
     /// Of those that trapped: a step was done.
     pub(crate) stepped: u64,
@@ -120,6 +121,7 @@ impl Spy {
         self.0.change(|notes| match exit {
             Exit::Kicked => notes.kicked += 1,
             Exit::Served(_) => notes.served += 1,
+            Exit::Store { .. } => notes.stored += 1,
             Exit::Debug(exit) => {
                 notes.trapped += 1;
                 notes.stepped += u64::from(Dr6(exit.dr6).single_step());
