@@ -8,9 +8,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{BootError, BootRequest, Entry};
 use crate::coordinator::{Coordinator, CoordinatorError, Kick};
-use crate::debug::{Breakpoint, BreakpointError, Ending, Handler, Level, Owner, ResumePlan, Stop, StopReason, VcpuId};
+use crate::debug::{Breakpoint, BreakpointError, Ending, Handler, Level, Offer, Owner, ResumePlan, Stop, StopReason, VcpuId};
 use crate::devices::{Console, Serial, Shared};
-use crate::machine::{HostError, Machine, MachineError};
+use crate::machine::{HostError, KvmGround, Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::paging::{self, Paging};
 use crate::probe;
@@ -63,8 +63,10 @@ pub struct Vm {
     serial: Shared<Serial>,
     entry: Entry,
     events: EventFd,
+    /// What this host serves, once somebody has asked.
+    offer: Option<Offer>,
     // Keeps the interrupt controllers alive for as long as devices raise lines.
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
 }
 
 impl Vm {
@@ -81,12 +83,14 @@ impl Vm {
         let events = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(resources)?;
         let notify = Arc::new(events.try_clone().map_err(resources)?);
         let cpus = machine.cpus.into_iter().map(|cpu| (cpu, Box::new(kick::send) as Kick)).collect();
-        let coordinator = Coordinator::new(cpus, move || {
+        let mut coordinator = Coordinator::new(cpus, move || {
             // Fails only when the counter is full, and then it is readable already.
             let _ = notify.write(1);
         })
         .map_err(resources)?;
-        Ok(Self { coordinator, ram, serial: machine.serial, entry: machine.entry, events, _vm: machine.vm })
+        let vm = Arc::new(machine.vm);
+        coordinator.use_ground(Box::new(KvmGround::new(vm.clone(), ram.clone())), Offer::SLOTS);
+        Ok(Self { coordinator, ram, serial: machine.serial, entry: machine.entry, events, offer: None, _vm: vm })
     }
 
     /// Readable whenever [`poll`](Self::poll) may have something to say.
@@ -130,33 +134,45 @@ impl Vm {
     }
 
     /// Arms `request` on every vCPU, or nowhere; works while the guest runs. What this host's KVM
-    /// would accept and never trigger is refused.
+    /// would accept and never trigger is served in another way, or refused.
     pub fn set_breakpoint(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
-        self.can_trigger(request)?;
-        self.arm(owner, request)
+        self.learn_offer(&[request])?;
+        self.coordinator.set_breakpoint(owner, request)
     }
 
     /// As [`set_breakpoint`](Self::set_breakpoint), with a handler that decides about each hit on
     /// the vCPU's own thread: one that says [`Continue`](crate::debug::Disposition::Continue)
     /// stops nobody.
     pub fn set_trap(&mut self, owner: Owner, request: Breakpoint, handler: Handler) -> Result<(), BreakpointError> {
-        self.can_trigger(request)?;
+        self.learn_offer(&[request])?;
         self.coordinator.set_trap(owner, request, Some(handler))
     }
 
-    /// As [`set_breakpoint`](Self::set_breakpoint), without asking what the host can do.
-    pub(crate) fn arm(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
-        self.coordinator.set_breakpoint(owner, request)
+    /// As [`set_trap`](Self::set_trap), all of them or none, in one change: for thousands at once.
+    pub fn set_traps(
+        &mut self,
+        owner: Owner,
+        requests: Vec<(Breakpoint, Option<Handler>)>,
+    ) -> Result<(), BreakpointError> {
+        let plain: Vec<Breakpoint> = requests.iter().map(|(request, _)| *request).collect();
+        self.learn_offer(&plain)?;
+        self.coordinator.set_traps(owner, requests)
     }
 
-    /// What this host's KVM would accept and never trigger is refused.
-    fn can_trigger(&self, request: Breakpoint) -> Result<(), BreakpointError> {
-        if request.on.is_watch() {
+    /// Disarms all of `requests` on every vCPU, or none of them, in one change.
+    pub fn clear_traps(&mut self, owner: Owner, requests: &[Breakpoint]) -> Result<(), BreakpointError> {
+        self.coordinator.clear_traps(owner, requests)
+    }
+
+    /// Takes what this host serves from its probe, before the first request that depends on it.
+    fn learn_offer(&mut self, requests: &[Breakpoint]) -> Result<(), BreakpointError> {
+        if let (None, Some(&request)) = (self.offer, requests.iter().find(|request| request.on.is_watch())) {
             let unsupported = |why: String| BreakpointError::Unsupported { request, why };
             let host = probe::capabilities().map_err(|error| unsupported(error.to_string()))?;
-            if !host.can_watch_in_hardware() {
-                return Err(unsupported("this host's KVM accepts data watchpoints and never triggers them".to_owned()));
-            }
+            let (data_slots, pages) = (host.can_watch_in_hardware(), host.can_watch_by_page());
+            let offer = Offer { data_slots, pages, ..Offer::SLOTS };
+            self.coordinator.set_offer(offer);
+            self.offer = Some(offer);
         }
         Ok(())
     }

@@ -211,7 +211,8 @@ impl SlotTable {
     fn refusal(&self, refused: &Held) -> BreakpointError {
         let Held { owner, request, .. } = *refused;
         if request.on.is_watch() && !self.offer.data_slots && !by_pages(request, self.offer) {
-            let why = "this host's KVM accepts data watchpoints and never triggers them".to_owned();
+            let instead = if self.offer.pages { "; write watchpoints (gdb's watch) work" } else { "" };
+            let why = format!("this host's KVM accepts data watchpoints and never triggers them{instead}");
             return BreakpointError::Unsupported { request, why };
         }
         if self.wants_place(request) {

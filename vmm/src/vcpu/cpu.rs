@@ -96,6 +96,10 @@ pub trait Cpu {
     /// Writes to a linear address; whether all of it could be written.
     fn write(&mut self, addr: u64, bytes: &[u8]) -> bool;
 
+    /// Stores to a guest-physical address as an instruction would, and gives what was there in
+    /// `old`, which is as long; how many bytes were RAM.
+    fn exchange(&mut self, gpa: u64, new: &[u8], old: &mut [u8]) -> usize;
+
     /// Gives the guest its own #DB, with these DR6 causes added to its DR6 (laws 24, 25).
     fn reflect_db(&mut self, causes: u64) -> io::Result<()>;
 

@@ -24,7 +24,7 @@ use super::xsave::{put_fpu, to_fpu};
 use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Registers, Segment, kick};
 use crate::debug::{Crash, DebugExit, Dr6, StopReason};
 use crate::devices::{Bus, DeviceEvent};
-use crate::paging::Paging;
+use crate::paging::{Paging, exchange_physical};
 
 const MSR_STAR: u32 = 0xc000_0081;
 const MSR_LSTAR: u32 = 0xc000_0082;
@@ -325,6 +325,10 @@ impl Cpu for KvmCpu {
 
     fn write(&mut self, addr: u64, bytes: &[u8]) -> bool {
         self.paging().is_ok_and(|paging| paging.write(&self.memory, addr, bytes))
+    }
+
+    fn exchange(&mut self, gpa: u64, new: &[u8], old: &mut [u8]) -> usize {
+        exchange_physical(&self.memory, gpa, new, old)
     }
 
     fn reflect_db(&mut self, causes: u64) -> io::Result<()> {

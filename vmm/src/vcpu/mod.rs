@@ -11,7 +11,9 @@ mod kvm;
 pub(crate) mod protocol;
 mod registers;
 mod step;
+mod store;
 pub(crate) mod thread;
+mod unserved;
 mod xsave;
 
 pub use cpu::{Arming, Cpu, Exit};

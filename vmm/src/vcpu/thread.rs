@@ -18,8 +18,8 @@ use super::cpu::{Arming, Cpu, Exit};
 use super::protocol::{Answer, Command, Event, Message, Reply, Request};
 use super::step::Stepped;
 use crate::debug::{
-    Causes, DebugExit, DebugImage, Disposition, Expectation, GuestState, Hit, Level, Piece, RunMode, Slot, SlotOwner,
-    Stop, StopReason, Trigger, VcpuId, classify,
+    DebugExit, DebugImage, Disposition, Expectation, GuestState, Hit, Level, Piece, RunMode, Slot, SlotOwner,
+    Stop, StopReason, Stored, Trigger, VcpuId, classify,
 };
 use crate::limits::PAGE_SIZE;
 use crate::sync::{Arc, mpsc};
@@ -30,10 +30,19 @@ enum State {
 }
 
 /// What one entry into the guest was armed for.
-struct Entry {
+pub(super) struct Entry {
     from: u64,
-    stepping: bool,
+    pub(super) stepping: bool,
     expect: Expectation,
+}
+
+/// A request that triggered.
+pub(super) struct Found {
+    pub(super) behind: SlotOwner,
+    /// The data address that matched.
+    pub(super) addr: u64,
+    /// What was stored, where that is seen.
+    pub(super) stored: Option<Stored>,
 }
 
 /// The last stop, for as long as the vCPU has not left the place.
@@ -61,7 +70,7 @@ impl<C: Cpu> GuestState for HitState<'_, C> {
 
 pub(crate) struct VcpuThread<C> {
     id: VcpuId,
-    cpu: C,
+    pub(super) cpu: C,
     inbox: mpsc::Receiver<Command>,
     outbox: mpsc::Sender<Message>,
     /// Wakes whoever waits for events elsewhere than in the channel.
@@ -69,13 +78,13 @@ pub(crate) struct VcpuThread<C> {
     state: State,
     /// The mode in which a Park found it. A stop of its own leaves nothing to go back to.
     parked_from: Option<RunMode>,
-    image: Arc<DebugImage>,
+    pub(super) image: Arc<DebugImage>,
     /// What KVM was last told; `None` when it must be told again.
     armed: Option<Arming>,
     /// What was told where the vCPU stands.
     told: Option<Told>,
     /// A served access has not been completed yet.
-    incomplete: bool,
+    pub(super) incomplete: bool,
     /// The instruction that is being stepped, from its first entry until it is done.
     stepped: Option<Stepped>,
 }
@@ -313,8 +322,12 @@ impl<C: Cpu> VcpuThread<C> {
                 self.settle();
                 self.stop(reason);
             }
-            Exit::Debug(exit) => self.trapped(exit, entry, mode),
-            Exit::Crash(crash) => self.stop(StopReason::Crash(crash)),
+            Exit::Store { gpa, data } => self.stored(gpa, data, entry, mode),
+            Exit::Debug(exit) => self.trapped(exit, Vec::new(), entry, mode),
+            Exit::Crash(crash) => {
+                let crash = self.explain(crash);
+                self.stop(StopReason::Crash(crash));
+            }
         }
     }
 
@@ -332,20 +345,26 @@ impl<C: Cpu> VcpuThread<C> {
         }
     }
 
-    fn trapped(&mut self, exit: DebugExit, entry: &Entry, mode: RunMode) {
+    /// #DB or #BP, after a store of the same instruction whose `hits` are known already.
+    pub(super) fn trapped(&mut self, exit: DebugExit, mut hits: Vec<Found>, entry: &Entry, mode: RunMode) {
         let (guest_tf, guest_dr7) = self.cpu.guest_debug_state().unwrap_or((false, 0));
         let causes = classify(exit, &self.image, entry.expect, guest_tf, guest_dr7);
-        let Causes { step, hits, guest_db, guest_bp } = causes;
-        if let Some(causes) = guest_db {
+        if let Some(causes) = causes.guest_db {
             self.reflect(|cpu| cpu.reflect_db(causes));
         }
-        if guest_bp {
+        if causes.guest_bp {
             self.reflect(|cpu| cpu.reflect_bp());
         }
+        hits.extend(causes.hits.into_iter().map(|(behind, addr)| Found { behind, addr, stored: None }));
+        self.triggered(hits, causes.step, exit.pc, mode);
+    }
+
+    /// Asks the handlers of what triggered, and stops for the rest. `step`: the step is done, too.
+    pub(super) fn triggered(&mut self, hits: Vec<Found>, step: bool, pc: u64, mode: RunMode) {
         if hits.is_empty() {
             // Who steps over a breakpoint steps over all iterations: they are one crossing.
             let goes_on = self.stepped.as_ref().is_some_and(|stepped| {
-                stepped.has_not_run_at(exit.pc) || stepped.goes_on_at(exit.pc) && mode == RunMode::Continue
+                stepped.has_not_run_at(pc) || stepped.goes_on_at(pc) && mode == RunMode::Continue
             });
             if step && !goes_on {
                 self.step_done(mode);
@@ -354,29 +373,29 @@ impl<C: Cpu> VcpuThread<C> {
         }
         // A watchpoint says nothing about the instruction behind the access (law 22), and does not
         // end a crossing either while a REP goes on.
-        let crossing = hits.iter().any(|(behind, _)| behind.request.on == Trigger::Execute);
-        let gdb_knows = self.told.is_some_and(|told| told.pc == exit.pc);
-        let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(exit.pc));
+        let crossing = hits.iter().any(|hit| hit.behind.request.on == Trigger::Execute);
+        let gdb_knows = self.told.is_some_and(|told| told.pc == pc);
+        let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(pc));
         if crossing || !goes_on {
-            self.told = crossing.then_some(Told { pc: exit.pc, crossing });
+            self.told = crossing.then_some(Told { pc, crossing });
         }
         if step {
             // The instruction is done too; the hit is the reason that is told.
             self.end_step();
         }
         let mut stops: Vec<Stop> = Vec::new();
-        for (behind, addr) in hits {
-            let SlotOwner { owner, request, .. } = behind;
+        for hit in hits {
+            let SlotOwner { owner, request, .. } = hit.behind;
             // Whoever was stopped here by a step has seen this crossing; the others have not.
             if gdb_knows && owner.level == Level::Gdb && request.on == Trigger::Execute {
                 continue;
             }
-            if self.ask_handler(&behind, exit.pc) == Disposition::Continue {
+            if self.ask_handler(&hit, pc) == Disposition::Continue {
                 continue;
             }
             let reason = match request.on {
                 Trigger::Execute => StopReason::Breakpoint(request),
-                _ => StopReason::Watchpoint { request, addr, stored: None },
+                _ => StopReason::Watchpoint { request, addr: hit.addr, stored: hit.stored },
             };
             stops.push(Stop { vcpu: self.id, reason, owner: Some(owner) });
         }
@@ -388,10 +407,11 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// What the owner's handler says about a hit; without one, a hit is a stop.
-    fn ask_handler(&mut self, behind: &SlotOwner, pc: u64) -> Disposition {
-        let Some(handler) = &behind.handler else { return Disposition::Stop };
-        let (owner, request, vcpu) = (behind.owner, behind.request, self.id);
-        handler.call(&mut Hit { owner, request, vcpu, pc, state: &mut HitState(&mut self.cpu) })
+    fn ask_handler(&mut self, hit: &Found, pc: u64) -> Disposition {
+        let Some(handler) = &hit.behind.handler else { return Disposition::Stop };
+        let (owner, request, vcpu) = (hit.behind.owner, hit.behind.request, self.id);
+        let (stored, state) = (hit.stored.as_ref(), &mut HitState(&mut self.cpu));
+        handler.call(&mut Hit { owner, request, vcpu, pc, stored, state })
     }
 
     fn reflect(&mut self, inject: impl FnOnce(&mut C) -> io::Result<()>) {
@@ -429,7 +449,7 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// Parks for a reason that is no breakpoint's.
-    fn stop(&mut self, reason: StopReason) {
+    pub(super) fn stop(&mut self, reason: StopReason) {
         self.stop_for(vec![Stop::new(self.id, reason)]);
     }
 

@@ -21,6 +21,7 @@ mod step;
 mod stop_all;
 mod traps;
 mod update;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -46,6 +47,7 @@ fn all() -> Vec<Law> {
         once::laws(),
         stop_all::laws(),
         traps::laws(),
+        watch::laws(),
         step::laws(),
         lifecycle::laws(),
     ]

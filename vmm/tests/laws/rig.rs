@@ -17,7 +17,8 @@ use trapline_guests::fixture::{self, LOG_SIZE, LogEntry, Start};
 use trapline_vmm::boot::layout;
 use trapline_vmm::coordinator::{Coordinator, Kick};
 use trapline_vmm::cpuid::{Topology, vcpu_entries};
-use trapline_vmm::debug::{Breakpoint, BreakpointError, Owner, ResumePlan, RunMode, Stop, StopReason, VcpuId};
+use trapline_vmm::KvmGround;
+use trapline_vmm::debug::{Breakpoint, BreakpointError, Offer, Owner, ResumePlan, RunMode, Stop, StopReason, VcpuId};
 use trapline_vmm::devices::bus::{Bus, Device, Shared};
 use trapline_vmm::devices::{DeviceEvent, ExitPort, exit};
 use trapline_vmm::memory::GuestRam;
@@ -71,7 +72,7 @@ pub(crate) struct Rig {
     pub(crate) raw: Vec<RawFd>,
     events: Arc<Monitor<u64>>,
     ram: GuestRam,
-    vm: VmFd,
+    vm: Arc<VmFd>,
 }
 
 impl Rig {
@@ -87,6 +88,7 @@ impl Rig {
 
     pub(crate) fn new(begins: &[Begin]) -> Self {
         let (vm, ram) = bare_machine();
+        let vm = Arc::new(vm);
         let (mmio, ports) = (Shared::new(Recorder::default()), Shared::new(Recorder::default()));
         let mut bus = Bus::new();
         bus.add_mmio(fixture::MMIO..fixture::MMIO + 0x1000, &mmio).unwrap();
@@ -110,8 +112,20 @@ impl Rig {
         }
         let events = Monitor::new(0);
         let notify = events.clone();
-        let coordinator = Coordinator::new(cpus, move || notify.change(|count| *count += 1)).unwrap();
+        let mut coordinator = Coordinator::new(cpus, move || notify.change(|count| *count += 1)).unwrap();
+        coordinator.use_ground(Box::new(KvmGround::new(vm.clone(), ram.clone())), Offer::SLOTS);
         Rig { coordinator, spies, mmio, ports, raw, events, ram, vm }
+    }
+
+    /// Serves write watchpoints by read-only pages, whatever else this host can do.
+    pub(crate) fn with_pages(mut self) -> Self {
+        self.coordinator.set_offer(Offer { data_slots: false, patches: false, pages: true });
+        self
+    }
+
+    /// Data slots first, then read-only pages.
+    pub(crate) fn offer_slots_and_pages(&mut self) {
+        self.coordinator.set_offer(Offer { data_slots: true, patches: false, pages: true });
     }
 
     pub(crate) fn cpus(&self) -> usize {

@@ -238,6 +238,11 @@ impl Cpu for Spied {
         self.cpu.write(addr, bytes)
     }
 
+    fn exchange(&mut self, gpa: u64, new: &[u8], old: &mut [u8]) -> usize {
+        self.spy.visit();
+        self.cpu.exchange(gpa, new, old)
+    }
+
     fn reflect_db(&mut self, causes: u64) -> io::Result<()> {
         self.spy.visit();
         self.spy.0.change(|notes| notes.reflected += 1);
