@@ -10,6 +10,7 @@
 //! of one instruction are one hit for each request; an iteration of a REP is one of its own.
 
 use super::cpu::{Cpu, Exit};
+use super::step::Arrival;
 use super::thread::{Entry, Found, VcpuThread};
 use crate::debug::{DebugImage, RunMode, StopReason, Stored};
 
@@ -42,12 +43,21 @@ impl<C: Cpu> VcpuThread<C> {
             }
             exit = self.cpu.complete();
         }
-        // Without RIP nobody could tell what was hit: the next entry fails and says why.
-        if let Ok(pc) = self.cpu.pc() {
-            self.triggered(hits, entry.stepping, pc, mode);
-        }
+        self.tell_stores(hits, entry, mode);
         if let Some(reason) = event {
             self.stop(reason);
+        }
+    }
+
+    fn tell_stores(&mut self, hits: Vec<Found>, entry: &Entry, mode: RunMode) {
+        // Without RIP nobody could tell where: the next entry fails and says why.
+        let Ok(pc) = self.cpu.pc() else { return };
+        // A REP that stays where it is has more to do.
+        let arrival = (entry.stepping && pc != entry.from).then_some(Arrival::Done);
+        match arrival {
+            Some(arrival) if hits.is_empty() => self.step_done(arrival, mode),
+            None if hits.is_empty() => {}
+            _ => self.triggered(hits, arrival, pc, mode),
         }
     }
 }
