@@ -10,8 +10,8 @@ use std::io;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY,
-    KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_cpuid_entry2, kvm_enable_cap, kvm_lapic_state, kvm_mp_state, kvm_pit_config,
-    kvm_userspace_memory_region,
+    KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_cpuid_entry2, kvm_enable_cap, kvm_lapic_state,
+    kvm_mp_state, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
@@ -136,7 +136,7 @@ impl Machine {
             let fd = setup("create a vCPU", vm.create_vcpu(n.into()))?;
             let state = if n == 0 { Some(entry.bsp) } else { boot::ap_state(request.ap_start, n) };
             init_vcpu(&fd, &cpuid::vcpu_entries(supported.as_slice(), n, topology), state)?;
-            cpus.push(KvmCpu::new(fd, pc.bus.clone(), ram.mem().clone(), arm_hook(n)));
+            cpus.push(KvmCpu::new(fd, pc.bus.clone(), ram.clone(), arm_hook(n)));
         }
         Ok(Self { vm, cpus, serial: pc.com1, entry })
     }

@@ -71,8 +71,11 @@ impl MemorySlots {
         mut set: impl FnMut(Change) -> io::Result<()>,
     ) -> io::Result<()> {
         let number = |addr: &u64| {
-            let page = Some(addr / PAGE_SIZE).filter(|page| addr.is_multiple_of(PAGE_SIZE) && self.ram_of(*page).is_some());
-            page.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("there is no page of RAM at {addr:#x}")))
+            let page =
+                Some(addr / PAGE_SIZE).filter(|page| addr.is_multiple_of(PAGE_SIZE) && self.ram_of(*page).is_some());
+            page.ok_or_else(|| {
+                io::Error::new(io::ErrorKind::InvalidInput, format!("there is no page of RAM at {addr:#x}"))
+            })
         };
         let protected = protected.iter().map(number).collect::<io::Result<BTreeSet<u64>>>()?;
         let before = self.mapped.clone();
@@ -250,9 +253,8 @@ mod tests {
                 return self.slots.remove(&slot.slot).map(|_| ()).ok_or_else(|| io::ErrorKind::NotFound.into());
             }
             let end = |slot: &Slot| slot.guest_phys_addr + slot.memory_size;
-            let overlaps = |(other, _): &(Slot, bool)| {
-                other.guest_phys_addr < end(&slot) && slot.guest_phys_addr < end(other)
-            };
+            let overlaps =
+                |(other, _): &(Slot, bool)| other.guest_phys_addr < end(&slot) && slot.guest_phys_addr < end(other);
             assert!(!self.slots.values().any(overlaps), "{slot:x?} overlaps");
             assert!(!self.slots.contains_key(&slot.slot), "slot {} is there", slot.slot);
             assert!(self.slots.len() < self.most && (slot.slot as usize) < self.most, "too many slots");

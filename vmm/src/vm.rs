@@ -8,7 +8,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{BootError, BootRequest, Entry};
 use crate::coordinator::{Coordinator, CoordinatorError, Kick};
-use crate::debug::{Breakpoint, BreakpointError, Ending, Handler, Level, Offer, Owner, ResumePlan, Stop, StopReason, VcpuId};
+use crate::debug::{
+    Breakpoint, BreakpointError, Ending, Handler, Level, Offer, Owner, ResumePlan, Stop, StopReason, VcpuId,
+};
 use crate::devices::{Console, Serial, Shared};
 use crate::machine::{HostError, KvmGround, Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};

@@ -41,6 +41,8 @@ impl Ground for KvmGround {
 
     fn protect(&mut self, pages: &BTreeSet<u64>) -> io::Result<()> {
         let Self { vm, ram, slots } = self;
-        slots.protect(pages, |change| set_memory_region(vm, &ram.0, change))
+        slots.protect(pages, |change| set_memory_region(vm, &ram.0, change))?;
+        ram.0.watch(pages);
+        Ok(())
     }
 }

@@ -5,6 +5,7 @@ use std::io;
 
 use super::{Activity, Registers};
 use crate::debug::{Crash, DebugExit, DebugImage, Dr7, SLOTS, StopReason};
+use crate::memory::DeviceStore;
 
 /// Why guest code stopped running. Parsed once from `kvm_run`; everything after matches on this.
 #[derive(Debug)]
@@ -106,6 +107,11 @@ pub trait Cpu {
     /// Stores to a guest-physical address as an instruction would, and gives what was there in
     /// `old`, which is as long; how many bytes were RAM.
     fn exchange(&mut self, gpa: u64, new: &[u8], old: &mut [u8]) -> usize;
+
+    /// What devices have stored to watched pages, since this was last asked on any vCPU.
+    fn device_stores(&mut self) -> Vec<DeviceStore> {
+        Vec::new()
+    }
 
     /// Gives the guest its own #DB, with these DR6 causes added to its DR6 (laws 24, 25).
     fn reflect_db(&mut self, causes: u64) -> io::Result<()>;

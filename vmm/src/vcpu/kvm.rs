@@ -18,12 +18,13 @@ use kvm_bindings::{
     kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::VcpuFd;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::xsave::{put_fpu, to_fpu};
 use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Registers, Segment, kick};
 use crate::debug::{Crash, DebugExit, Dr6, StopReason};
 use crate::devices::{Bus, DeviceEvent};
+use crate::memory::{DeviceStore, GuestRam};
 use crate::paging::{Paging, exchange_physical};
 
 const MSR_STAR: u32 = 0xc000_0081;
@@ -45,14 +46,14 @@ pub type ArmHook = Arc<dyn Fn(&Arming) -> io::Result<()> + Send + Sync>;
 pub struct KvmCpu {
     fd: VcpuFd,
     bus: Arc<Bus>,
-    memory: GuestMemoryMmap,
+    ram: GuestRam,
     arm_hook: Option<ArmHook>,
 }
 
 impl KvmCpu {
     /// Takes over a vCPU whose initial state is set.
-    pub fn new(fd: VcpuFd, bus: Arc<Bus>, memory: GuestMemoryMmap, arm_hook: Option<ArmHook>) -> Self {
-        Self { fd, bus, memory, arm_hook }
+    pub fn new(fd: VcpuFd, bus: Arc<Bus>, ram: GuestRam, arm_hook: Option<ArmHook>) -> Self {
+        Self { fd, bus, ram, arm_hook }
     }
 
     fn enter(&mut self) -> Exit {
@@ -100,7 +101,7 @@ impl KvmCpu {
                 let data = &mut mmio.data[..len];
                 if mmio.is_write != 0 {
                     // RAM that is read-only for the guest: a page with watchpoints on it (law 66).
-                    if self.memory.address_in_range(GuestAddress(mmio.phys_addr)) {
+                    if self.ram.mem().address_in_range(GuestAddress(mmio.phys_addr)) {
                         return Exit::Store { gpa: mmio.phys_addr, data: data.to_vec() };
                     }
                     served(bus.mmio_write(mmio.phys_addr, data))
@@ -327,19 +328,23 @@ impl Cpu for KvmCpu {
     }
 
     fn translate(&mut self, addr: u64) -> Option<u64> {
-        Some(self.paging().ok()?.translate(&self.memory, addr)?.gpa)
+        Some(self.paging().ok()?.translate(self.ram.mem(), addr)?.gpa)
     }
 
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize {
-        self.paging().map_or(0, |paging| paging.read(&self.memory, addr, into))
+        self.paging().map_or(0, |paging| paging.read(self.ram.mem(), addr, into))
     }
 
     fn write(&mut self, addr: u64, bytes: &[u8]) -> bool {
-        self.paging().is_ok_and(|paging| paging.write(&self.memory, addr, bytes))
+        self.paging().is_ok_and(|paging| paging.write(self.ram.mem(), addr, bytes))
     }
 
     fn exchange(&mut self, gpa: u64, new: &[u8], old: &mut [u8]) -> usize {
-        exchange_physical(&self.memory, gpa, new, old)
+        exchange_physical(self.ram.mem(), gpa, new, old)
+    }
+
+    fn device_stores(&mut self) -> Vec<DeviceStore> {
+        self.ram.take_device_stores()
     }
 
     fn reflect_db(&mut self, causes: u64) -> io::Result<()> {

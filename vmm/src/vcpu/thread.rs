@@ -357,6 +357,12 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     fn handle(&mut self, mut exit: Exit, entry: &Entry, mode: RunMode) {
+        if matches!(exit, Exit::Served(_)) {
+            let stores = self.cpu.device_stores();
+            if !stores.is_empty() {
+                return self.stored(exit, stores, entry, mode);
+            }
+        }
         // A port or MMIO access that is stepped is completed at once: on some paths KVM reports no
         // #DB for it (law 50). It may consist of several exits.
         while entry.stepping && matches!(exit, Exit::Served(None)) {
@@ -377,7 +383,7 @@ impl<C: Cpu> VcpuThread<C> {
                 self.settle();
                 self.stop(reason);
             }
-            Exit::Store { gpa, data } => self.stored(gpa, data, entry, mode),
+            Exit::Store { .. } => self.stored(exit, Vec::new(), entry, mode),
             Exit::Debug(exit) => self.trapped(exit, Vec::new(), entry, mode),
             Exit::Crash(crash) => {
                 let crash = self.explain(crash);

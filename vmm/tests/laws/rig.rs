@@ -14,10 +14,10 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use object::{Object, ObjectSegment};
 use trapline_guests::fixture::{self, LOG_SIZE, LogEntry, Start};
+use trapline_vmm::KvmGround;
 use trapline_vmm::boot::layout;
 use trapline_vmm::coordinator::{Coordinator, Kick};
 use trapline_vmm::cpuid::{Topology, vcpu_entries};
-use trapline_vmm::KvmGround;
 use trapline_vmm::debug::{Breakpoint, BreakpointError, Offer, Owner, ResumePlan, RunMode, Stop, StopReason, VcpuId};
 use trapline_vmm::devices::bus::{Bus, Device, Shared};
 use trapline_vmm::devices::{DeviceEvent, ExitPort, exit};
@@ -45,6 +45,8 @@ pub(crate) enum Begin {
 pub(crate) struct Recorder {
     pub(crate) writes: Vec<(u64, u64)>,
     pub(crate) reads: u64,
+    /// What is written to it goes there, too.
+    pub(crate) copies_to: Option<(GuestRam, u64)>,
 }
 
 impl Device for Recorder {
@@ -57,6 +59,9 @@ impl Device for Recorder {
         let mut value = [0; 8];
         value[..data.len()].copy_from_slice(data);
         self.writes.push((offset, u64::from_le_bytes(value)));
+        if let Some((ram, to)) = &self.copies_to {
+            assert!(ram.device_write(*to, data));
+        }
         None
     }
 }
@@ -102,7 +107,7 @@ impl Rig {
         for ((n, begin), spy) in begins.iter().enumerate().zip(&spies) {
             let fd = vcpu(&vm, n as u32, begins.len() as u32, *begin);
             raw.push(fd.as_raw_fd());
-            let cpu = Spied { cpu: KvmCpu::new(fd, bus.clone(), ram.mem().clone(), None), spy: spy.clone() };
+            let cpu = Spied { cpu: KvmCpu::new(fd, bus.clone(), ram.clone(), None), spy: spy.clone() };
             let watched = spy.clone();
             let kick: Kick = Box::new(move |thread: &JoinHandle<()>| {
                 watched.kicked();
@@ -121,6 +126,11 @@ impl Rig {
     pub(crate) fn with_pages(mut self) -> Self {
         self.coordinator.set_offer(Offer { data_slots: false, patches: false, pages: true });
         self
+    }
+
+    /// What the guest writes to its port goes to this address, too.
+    pub(crate) fn copy_port_to(&mut self, gpa: u64) {
+        self.ports.lock().copies_to = Some((self.ram.clone(), gpa));
     }
 
     /// Data slots first, then read-only pages.
@@ -238,6 +248,11 @@ impl Rig {
         let mut bytes = [0; 8];
         assert_eq!(read_physical(self.ram.mem(), addr, &mut bytes), 8);
         u64::from_le_bytes(bytes)
+    }
+
+    /// Writes guest memory as the debugger does.
+    pub(crate) fn write_memory(&self, addr: u64, bytes: &[u8]) -> bool {
+        write_all_physical(self.ram.mem(), addr, bytes)
     }
 
     /// A field of a CPU's block.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread::ThreadId;
 
 use trapline_vmm::debug::Dr6;
+use trapline_vmm::memory::DeviceStore;
 use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Registers};
 
 use crate::clock::{Monitor, PATIENCE};
@@ -246,6 +247,11 @@ impl Cpu for Spied {
     fn write(&mut self, addr: u64, bytes: &[u8]) -> bool {
         self.spy.visit();
         self.cpu.write(addr, bytes)
+    }
+
+    fn device_stores(&mut self) -> Vec<DeviceStore> {
+        self.spy.visit();
+        self.cpu.device_stores()
     }
 
     fn exchange(&mut self, gpa: u64, new: &[u8], old: &mut [u8]) -> usize {
