@@ -4,7 +4,7 @@
 use std::io;
 
 use super::{Activity, Registers};
-use crate::debug::{Crash, DebugExit, DebugImage, Dr7, SLOTS, StopReason};
+use crate::debug::{Crash, DebugExit, DebugImage, Dr7, General, SLOTS, StopReason};
 use crate::memory::DeviceStore;
 
 /// Why guest code stopped running. Parsed once from `kvm_run`; everything after matches on this.
@@ -54,6 +54,20 @@ impl Arming {
     pub fn run(image: &DebugImage) -> Self {
         Arming { addresses: image.addresses(), dr7: image.dr7(), int3: !image.patches().is_empty(), ..Arming::OFF }
     }
+}
+
+/// A vCPU whose next instruction could be carried out without it: it is in 64-bit mode, and nothing
+/// but that instruction is about to happen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing {
+    /// Its general registers.
+    pub general: General,
+    /// Linear addresses have 57 bits, not 48.
+    pub wide: bool,
+    /// What the processor would fetch.
+    pub code: [u8; 15],
+    /// How many of those bytes it could fetch.
+    pub fetched: usize,
 }
 
 /// One vCPU, as its own thread sees it. Every method is called on that thread only (law 1).
@@ -121,6 +135,16 @@ pub trait Cpu {
 
     /// The guest's own TF and DR7, which tell its traps from ours.
     fn guest_debug_state(&mut self) -> io::Result<(bool, u64)>;
+
+    /// Where it stands, if an instruction may be carried out there for it.
+    fn standing(&mut self) -> io::Result<Option<Standing>> {
+        Ok(None)
+    }
+
+    /// Moves a vCPU that is [`standing`](Self::standing) on to the registers after its instruction.
+    fn advance(&mut self, _to: &General) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Called before the first entry after a park: tells a paravirtual clock that time was stolen.
     fn resumed(&mut self) {}

@@ -8,14 +8,16 @@ mod cpu;
 #[cfg_attr(feature = "shuttle", allow(dead_code))]
 pub mod kick;
 mod kvm;
+mod over;
 pub(crate) mod protocol;
 mod registers;
 mod step;
 mod store;
+mod synced;
 pub(crate) mod thread;
 mod unserved;
 mod xsave;
 
-pub use cpu::{Arming, Cpu, Exit};
+pub use cpu::{Arming, Cpu, Exit, Standing};
 pub use kvm::{ArmHook, KvmCpu};
 pub use registers::{Activity, DescriptorTable, Fpu, Registers, Segment};

@@ -15,11 +15,12 @@ use std::io;
 
 use super::Registers;
 use super::cpu::{Arming, Cpu, Exit};
+use super::over;
 use super::protocol::{Answer, Command, Event, Message, Reply, Request};
 use super::step::{Arrival, Crossing, DB, Outcome, Placed, Stepped};
 use crate::debug::{
     Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Expectation, GuestState, Hit, Level, Piece, RunMode, Slot,
-    SlotOwner, Stop, StopReason, Stored, Trigger, VcpuId, classify,
+    SlotOwner, Stop, StopReason, Stored, Trigger, VcpuId, classify, is_ours_alone,
 };
 use crate::limits::PAGE_SIZE;
 use crate::sync::{Arc, mpsc};
@@ -278,6 +279,9 @@ impl<C: Cpu> VcpuThread<C> {
 
     /// One entry into the guest.
     fn run_once(&mut self, mode: RunMode) {
+        if self.is_over_in_place(mode) {
+            return;
+        }
         let entry = match self.prepare(mode) {
             Ok(entry) => entry,
             Err(error) => {
@@ -295,6 +299,24 @@ impl<C: Cpu> VcpuThread<C> {
         self.incomplete = false;
         let exit = self.cpu.run();
         self.handle(exit, &entry, mode);
+    }
+
+    /// Gets off a breakpoint that was told without an entry, if its instruction allows that (law 41).
+    fn is_over_in_place(&mut self, mode: RunMode) -> bool {
+        let on = self.told.filter(|told| told.crossing && mode == RunMode::Continue && self.stepped.is_none());
+        // What is not armed as for running on may hide the guest's TF.
+        let over = match on {
+            Some(told) => {
+                self.arm(Arming::run(&self.image)).and_then(|()| over::in_place(&mut self.cpu, &self.image, told.pc))
+            }
+            None => return false,
+        };
+        // The step that is tried next tells what went wrong.
+        let done = over.unwrap_or(false);
+        if done {
+            self.told = None;
+        }
+        done
     }
 
     /// Decides what to arm for the next entry and arms it: the slots, less those that this vCPU
@@ -484,8 +506,13 @@ impl<C: Cpu> VcpuThread<C> {
         if stopped_by_step && nothing_else {
             return Causes::default();
         }
-        let (guest_tf, guest_dr7) = self.cpu.guest_debug_state().unwrap_or((false, 0));
-        classify(DebugExit { dr6, ..exit }, &self.image, entry.expect, guest_tf, guest_dr7)
+        let exit = DebugExit { dr6, ..exit };
+        // Asked only where it matters: it costs an ioctl.
+        let (guest_tf, guest_dr7) = match is_ours_alone(exit, &self.image, entry.expect) {
+            true => (false, 0),
+            false => self.cpu.guest_debug_state().unwrap_or((false, 0)),
+        };
+        classify(exit, &self.image, entry.expect, guest_tf, guest_dr7)
     }
 
     /// Whether the vCPU has come back to an instruction that was told of and has faulted.

@@ -16,6 +16,7 @@ mod lane;
 mod law;
 mod lifecycle;
 mod once;
+mod over;
 mod rig;
 mod spy;
 mod step;
@@ -46,6 +47,7 @@ fn all() -> Vec<Law> {
         arming::laws(),
         update::laws(),
         once::laws(),
+        over::laws(),
         stop_all::laws(),
         traps::laws(),
         watch::laws(),

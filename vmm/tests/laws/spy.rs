@@ -5,9 +5,9 @@ use std::io;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-use trapline_vmm::debug::Dr6;
+use trapline_vmm::debug::{Dr6, General};
 use trapline_vmm::memory::DeviceStore;
-use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Registers};
+use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Registers, Standing};
 
 use crate::clock::{Monitor, PATIENCE};
 
@@ -30,6 +30,8 @@ pub(crate) struct Notes {
     pub(crate) stepped: u64,
     /// Times the vCPU was told that time had been stolen.
     pub(crate) resumed: u64,
+    /// Instructions carried out in place.
+    pub(crate) advanced: u64,
     /// Exceptions given to the guest.
     pub(crate) reflected: u64,
     /// The next so many calls of `arm` fail.
@@ -274,6 +276,17 @@ impl Cpu for Spied {
     fn guest_debug_state(&mut self) -> io::Result<(bool, u64)> {
         self.spy.visit();
         self.cpu.guest_debug_state()
+    }
+
+    fn standing(&mut self) -> io::Result<Option<Standing>> {
+        self.spy.visit();
+        self.cpu.standing()
+    }
+
+    fn advance(&mut self, to: &General) -> io::Result<()> {
+        self.spy.visit();
+        self.spy.0.change(|notes| notes.advanced += 1);
+        self.cpu.advance(to)
     }
 
     fn resumed(&mut self) {
