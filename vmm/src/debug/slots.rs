@@ -221,7 +221,8 @@ impl SlotTable {
     fn refusal(&self, refused: &Held) -> BreakpointError {
         let Held { owner, request, .. } = *refused;
         if request.on.is_watch() && !self.offer.data_slots && !by_pages(request, self.offer) {
-            let why = "this host's KVM accepts data watchpoints and never triggers them".to_owned();
+            let instead = if self.offer.pages { "; write watchpoints (gdb's watch) work" } else { "" };
+            let why = format!("this host's KVM accepts data watchpoints and never triggers them{instead}");
             return BreakpointError::Unsupported { request, why };
         }
         if self.wants_place(request) {
@@ -232,7 +233,8 @@ impl SlotTable {
                 },
                 Some(place) if place.user && !request.on.is_watch() => BreakpointError::Unsupported {
                     request,
-                    why: "this host's KVM gives an INT3 in ring 3 to the guest, and the hardware slots are taken".to_owned(),
+                    why: "this host's KVM gives an INT3 in ring 3 to the guest, and the hardware slots are taken"
+                        .to_owned(),
                 },
                 _ => BreakpointError::NotMapped { request },
             };
@@ -379,7 +381,9 @@ fn serve(held: &mut [Held], offer: Offer) -> Vec<Chunk> {
                 used.extend(missing);
                 Some(Mechanism::Slots)
             }
-            _ if by_patch(request, offer) && place.is_some_and(|place| can_patch(place, offer)) => Some(Mechanism::Patch),
+            _ if by_patch(request, offer) && place.is_some_and(|place| can_patch(place, offer)) => {
+                Some(Mechanism::Patch)
+            }
             _ if by_pages(request, offer) && place.is_some() => Some(Mechanism::Pages),
             _ => None,
         };
@@ -572,7 +576,7 @@ mod tests {
         assert_eq!(table.prepare_set(GDB, Breakpoint::exec(0x9000), None).unwrap().unwrap().images().len(), 1);
     }
 
-    const EVERYTHING: Offer = Offer { data_slots: true, patches: true, pages: true };
+    const EVERYTHING: Offer = Offer { data_slots: true, patches: true, user_patches: true, pages: true };
 
     /// A guest whose linear addresses are its physical ones, plus this.
     const LINEAR: u64 = 0xffff_8000_0000_0000;
@@ -585,7 +589,7 @@ mod tests {
             pieces.push(Piece { gpa: at, len: end - at });
             at = end;
         }
-        Some(Place { pieces, original })
+        Some(Place { pieces, original, user: false })
     }
 
     fn change(table: &mut SlotTable, changes: &[Change]) -> Result<DebugImage, BreakpointError> {

@@ -24,6 +24,7 @@ mod step;
 mod stop_all;
 mod traps;
 mod update;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -50,6 +51,7 @@ fn all() -> Vec<Law> {
         over::laws(),
         stop_all::laws(),
         traps::laws(),
+        watch::laws(),
         step::laws(),
         patch::laws(),
         lifecycle::laws(),

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use trapline_guests::fixture::{self, cpu_field};
 use trapline_vmm::debug::{
-    Breakpoint, BreakpointError, Crash, Disposition, Handler, INT3, Level, Mechanism, Owner, RunMode, StopReason, VcpuId,
+    Breakpoint, BreakpointError, Crash, Disposition, Handler, INT3, Level, Mechanism, Owner, RunMode, StopReason,
+    VcpuId,
 };
 use trapline_vmm::vcpu::Exit;
 
@@ -461,7 +462,10 @@ fn l58_a_patch_on_a_hlt() {
     // It sleeps with interrupts off.
     assert_eq!(send_nmi(rig.raw[0]), 0);
     assert_eq!(rig.wait().reason, StopReason::GuestExit(0));
-    assert_eq!(rig.log().iter().map(|entry| (entry.vector, name(entry.rip))).collect::<Vec<_>>(), [(2, name(at("s_hlt_next")))]);
+    assert_eq!(
+        rig.log().iter().map(|entry| (entry.vector, name(entry.rip))).collect::<Vec<_>>(),
+        [(2, name(at("s_hlt_next")))]
+    );
 }
 
 /// `stepi` onto a patch, over it, and away.
