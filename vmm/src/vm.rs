@@ -175,12 +175,7 @@ impl Vm {
         }
         match probe::capabilities() {
             Ok(host) => {
-                self.coordinator.set_offer(Offer {
-                    data_slots: host.can_watch_in_hardware(),
-                    pages: host.can_watch_by_page(),
-                    patches: host.can_patch(),
-                    user_patches: host.can_patch_ring_3(),
-                });
+                self.coordinator.set_offer(host.offer());
                 self.offered = true;
                 Ok(())
             }

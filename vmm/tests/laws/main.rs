@@ -11,6 +11,7 @@
 mod arming;
 mod booted;
 mod clock;
+mod doctor;
 mod inquest;
 mod lane;
 mod law;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
 fn all() -> Vec<Law> {
     [
         vec![law!(the_table_of_laws_has_a_row_for_every_test)],
+        doctor::laws(),
         arming::laws(),
         update::laws(),
         once::laws(),
