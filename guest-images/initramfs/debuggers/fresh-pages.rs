@@ -20,7 +20,7 @@ fn sched_yield() {
 }
 
 fn turn(file: &File, number: u64) -> Checked<()> {
-    let pages = Pages::new(4096)?;
+    let pages = Pages::private(4096)?;
     // SAFETY: inside of the mapping.
     unsafe { pages.start().cast::<u64>().write_volatile(number) };
     sched_yield();

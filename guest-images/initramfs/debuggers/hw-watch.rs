@@ -1,5 +1,5 @@
 //! `hw-watch [ROUNDS]`: a debugger inside of the guest that uses the processor's breakpoints on a
-//! child (PTRACE_POKEUSER of `u_debugreg`): one on execution, one on a write, one on any access.
+//! child (PTRACE_POKEUSER of `u_debugreg`): on execution, on writes, on any access, two at a time.
 //! It checks where the child stops, with which bit of DR6, and how often.
 
 mod sys;
@@ -19,6 +19,8 @@ const OTHER: usize = 2;
 
 /// DR7: LE, GE and the fixed bit. Linux shows them as they were written.
 const DR7_BASE: u64 = 0x700;
+/// DR6's bits that tell a cause.
+const DR6_CAUSES: u64 = 0xe00f;
 
 // turns(words: rdi): every place that is to be hit, and one of each kind that is not.
 global_asm!(
@@ -56,7 +58,8 @@ unsafe extern "C" {
     static w_read: u8;
 }
 
-/// A breakpoint as the debugger arms it and as it shows.
+/// A breakpoint as the debugger arms it, and where it stops the child.
+#[derive(Clone, Copy)]
 struct Slot {
     name: &'static str,
     number: usize,
@@ -64,79 +67,85 @@ struct Slot {
     /// R/W and LEN as DR7 has them.
     condition: u64,
     length: u64,
-    /// Where the child stops.
     stops_at: u64,
 }
 
-fn slots(words: &Pages) -> [Slot; 3] {
-    let word = |n: usize| words.start() as u64 + 8 * n as u64;
-    let place = |label: *const u8| label as u64;
-    let (executed, written, read) =
-        (place(&raw const w_executed), place(&raw const w_written), place(&raw const w_read));
-    [
-        Slot { name: "exec", number: 0, addr: executed, condition: 0, length: 0, stops_at: executed },
-        // Not the numbers that are free first, so that a mix-up of numbers shows.
-        Slot { name: "write", number: 2, addr: word(WRITTEN), condition: 1, length: 2, stops_at: written },
-        Slot { name: "access", number: 3, addr: word(READ), condition: 3, length: 2, stops_at: read },
-    ]
-}
-
-fn arm(child: &mut Child, slots: &[Slot]) -> Checked<u64> {
-    let mut dr7 = DR7_BASE;
-    for slot in slots {
-        child.set_debug_register(slot.number, slot.addr)?;
-        dr7 |= 1 << (2 * slot.number) | (slot.condition | slot.length << 2) << (16 + 4 * slot.number);
+impl Slot {
+    fn enabled(&self) -> u64 {
+        1 << (2 * self.number) | (self.condition | self.length << 2) << (16 + 4 * self.number)
     }
-    child.set_debug_register(7, dr7)?;
-    Ok(dr7)
 }
 
-/// One child, with all slots armed and then, for half of its turns, disarmed.
-fn round() -> Checked<usize> {
-    let words = Pages::new(4096)?;
-    let slots = slots(&words);
+/// Two at a time: a debugger outside may hold the other two. Their numbers are not those that a
+/// mix-up would give them.
+fn pairs(words: &Pages) -> [[Slot; 2]; 3] {
+    let word = |n: usize| words.start() as u64 + 8 * n as u64;
+    let executed = &raw const w_executed as u64;
+    let (behind_write, behind_access) = (&raw const w_written as u64, &raw const w_read as u64);
+    let exec = Slot { name: "exec", number: 1, addr: executed, condition: 0, length: 0, stops_at: executed };
+    let write = Slot { name: "write", number: 2, addr: word(WRITTEN), condition: 1, length: 2, stops_at: behind_write };
+    let access = Slot { name: "access", number: 3, addr: word(READ), condition: 3, length: 2, stops_at: behind_access };
+    [[exec, write], [Slot { number: 0, ..write }, access], [Slot { number: 3, ..exec }, Slot { number: 0, ..access }]]
+}
+
+/// What PTRACE_PEEKUSER is to show while `slots` are armed.
+fn shown(slots: &[Slot; 2]) -> [(usize, u64); 3] {
+    let dr7 = slots.iter().fold(DR7_BASE, |dr7, slot| dr7 | slot.enabled());
+    [(slots[0].number, slots[0].addr), (slots[1].number, slots[1].addr), (7, dr7)]
+}
+
+/// The next hit is to be on `slot`, with nothing else to be seen.
+fn hit(child: &mut Child, slot: &Slot, armed: &[Slot; 2]) -> Checked<()> {
+    let status = child.go()?;
+    if status != Status::Stopped(SIGTRAP) {
+        return Err(format!("{status:?} instead of a hit"));
+    }
+    let registers = child.registers()?;
+    if registers.rip != slot.stops_at {
+        return Err(format!("stops at {:#x} instead of {:#x}", registers.rip, slot.stops_at));
+    }
+    let dr6 = child.debug_register(6)?;
+    if dr6 & DR6_CAUSES != 1 << slot.number {
+        return Err(format!("DR6 is {dr6:#x}, not bit {}", slot.number));
+    }
+    if registers.rflags & TF != 0 {
+        return Err(format!("TF is set in {:#x}", registers.rflags));
+    }
+    for (n, value) in shown(armed) {
+        let is = child.debug_register(n)?;
+        if is != value {
+            return Err(format!("DR{n} is {is:#x} instead of {value:#x}"));
+        }
+    }
+    child.set_debug_register(6, 0)
+}
+
+/// One child that runs into two breakpoints for half of its turns, and then without any to its end.
+fn child(words: &Pages, slots: &[Slot; 2]) -> Checked<usize> {
+    let before = words.word(OTHER);
     // SAFETY: the page is there, and the code keeps to the calling convention.
     let mut child = Child::traced(|| unsafe { turns(words.start()) })?;
-    let dr7 = arm(&mut child, &slots)?;
-    let mut hits = 0;
-    for turn in 0..TURNS {
-        for slot in &slots {
-            let name = slot.name;
-            let status = child.go()?;
-            if status != Status::Stopped(SIGTRAP) {
-                return Err(format!("turn {turn}, {name}: {status:?} instead of a hit"));
-            }
-            let registers = child.registers()?;
-            if registers.rip != slot.stops_at {
-                let of = slots.iter().find(|other| other.stops_at == registers.rip).map_or("none", |other| other.name);
-                return Err(format!("turn {turn}, {name}: stops at {:#x}, the place of {of}", registers.rip));
-            }
-            let dr6 = child.debug_register(6)?;
-            if dr6 & 0xe00f != 1 << slot.number {
-                return Err(format!("turn {turn}, {name}: DR6 is {dr6:#x}"));
-            }
-            if registers.rflags & TF != 0 {
-                return Err(format!("turn {turn}, {name}: TF is set in {:#x}", registers.rflags));
-            }
-            let mut expected = [(0, slots[0].addr), (2, slots[1].addr), (3, slots[2].addr), (7, dr7)].into_iter();
-            if let Some((n, value)) = expected.find(|(n, value)| child.debug_register(*n) != Ok(*value)) {
-                return Err(format!("turn {turn}: DR{n} is {:x?}, not {value:#x}", child.debug_register(n)));
-            }
-            child.set_debug_register(6, 0)?;
-            hits += 1;
+    for (n, value) in shown(slots) {
+        child.set_debug_register(n, value)?;
+    }
+    for turn in 1..=TURNS / 2 {
+        for slot in slots {
+            hit(&mut child, slot, slots).map_err(|error| format!("{}, turn {turn}: {error}", slot.name))?;
         }
-        if words.word(OTHER) != turn as u64 + 1 {
-            return Err(format!("turn {turn}: the child is in its turn {}", words.word(OTHER)));
-        }
-        if turn == TURNS / 2 {
-            child.set_debug_register(7, DR7_BASE)?;
-            break;
+        if words.word(OTHER) != before + turn as u64 {
+            return Err(format!("turn {turn}: the child is in its turn {}", words.word(OTHER) - before));
         }
     }
+    child.set_debug_register(7, DR7_BASE)?;
     match child.go()? {
-        Status::Exited(0) if words.word(OTHER) == TURNS as u64 => Ok(hits),
-        other => Err(format!("disarmed, it ended with {other:?} in turn {}", words.word(OTHER))),
+        Status::Exited(0) if words.word(OTHER) == before + TURNS as u64 => Ok(2 * (TURNS / 2)),
+        other => Err(format!("disarmed, it ended with {other:?} in turn {}", words.word(OTHER) - before)),
     }
+}
+
+fn round() -> Checked<usize> {
+    let words = Pages::shared(4096)?;
+    pairs(&words).iter().map(|slots| child(&words, slots)).sum()
 }
 
 fn main() {

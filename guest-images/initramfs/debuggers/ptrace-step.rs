@@ -176,8 +176,8 @@ fn handle_sigusr1(stretch: &Stretch) -> Checked<()> {
 
 /// One child, stepped through all of it; how many steps that were.
 fn round(places: &Stretch) -> Checked<usize> {
-    let results = Pages::new(4096)?;
-    let fresh = Pages::new(4096)?;
+    let results = Pages::shared(4096)?;
+    let fresh = Pages::shared(4096)?;
     // SAFETY: both pages are there, and the stretch keeps to the calling convention.
     let mut child = Child::traced(|| unsafe { stretch(results.start(), fresh.start()) })?;
     // On to the stretch: what is on the way is the compiler's, but it is all steps as well.

@@ -204,6 +204,7 @@ impl Drop for Child {
 
 const PROT_READ_WRITE: c_int = 3;
 const MAP_SHARED: c_int = 1;
+const MAP_PRIVATE: c_int = 2;
 const MAP_ANONYMOUS: c_int = 0x20;
 
 /// Pages that are zero and not there before the first access.
@@ -214,9 +215,18 @@ pub struct Pages {
 
 impl Pages {
     /// Shared with the children of this process.
-    pub fn new(len: usize) -> Checked<Self> {
+    pub fn shared(len: usize) -> Checked<Self> {
+        Self::map(len, MAP_SHARED)
+    }
+
+    /// This process's alone.
+    pub fn private(len: usize) -> Checked<Self> {
+        Self::map(len, MAP_PRIVATE)
+    }
+
+    fn map(len: usize, kind: c_int) -> Checked<Self> {
         // SAFETY: a new mapping, of which nobody has a pointer yet.
-        let start = unsafe { mmap(std::ptr::null_mut(), len, PROT_READ_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0) };
+        let start = unsafe { mmap(std::ptr::null_mut(), len, PROT_READ_WRITE, kind | MAP_ANONYMOUS, -1, 0) };
         if start as isize == -1 {
             return Err(errno("mmap"));
         }
