@@ -32,15 +32,18 @@ pub struct Arming {
     pub step: bool,
     /// Withhold interrupts, NMIs and SMIs (law 47).
     pub block_irq: bool,
+    /// INT3 exits: there are patches.
+    pub int3: bool,
 }
 
 impl Arming {
     /// Nothing armed at all.
-    pub const OFF: Arming = Arming { addresses: [0; SLOTS], dr7: Dr7::NONE, step: false, block_irq: false };
+    pub const OFF: Arming =
+        Arming { addresses: [0; SLOTS], dr7: Dr7::NONE, step: false, block_irq: false, int3: false };
 
     /// The whole image, for running on.
     pub fn run(image: &DebugImage) -> Self {
-        Arming { addresses: image.addresses(), dr7: image.dr7(), ..Arming::OFF }
+        Arming { addresses: image.addresses(), dr7: image.dr7(), int3: !image.patches().is_empty(), ..Arming::OFF }
     }
 }
 
@@ -75,6 +78,9 @@ pub trait Cpu {
 
     /// Carries out the HLT at RIP: the vCPU waits behind it for an interrupt.
     fn halt(&mut self) -> io::Result<()>;
+
+    /// Guest-physical address of a linear one; `None` if it is not mapped.
+    fn translate(&mut self, addr: u64) -> Option<u64>;
 
     /// Bytes at a linear address; how many could be read.
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize;

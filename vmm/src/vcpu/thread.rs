@@ -18,9 +18,10 @@ use super::cpu::{Arming, Cpu, Exit};
 use super::protocol::{Answer, Command, Event, Message, Reply, Request};
 use super::step::Stepped;
 use crate::debug::{
-    Causes, DebugExit, DebugImage, Disposition, Expectation, GuestState, Hit, Level, RunMode, Slot, SlotOwner,
-    StopReason, Trigger, VcpuId, classify,
+    Causes, DebugExit, DebugImage, Disposition, Expectation, GuestState, Hit, Level, Piece, RunMode, Slot, SlotOwner,
+    Stop, StopReason, Trigger, VcpuId, classify,
 };
+use crate::limits::PAGE_SIZE;
 use crate::sync::{Arc, mpsc};
 
 enum State {
@@ -161,10 +162,24 @@ impl<C: Cpu> VcpuThread<C> {
                 self.cpu.set_registers(&registers).map(|()| Reply::Done)
             }
             Request::ReadActivity => self.cpu.activity().map(Reply::Activity),
+            Request::Locate(ranges) => Ok(Reply::Located(ranges.iter().map(|&range| self.locate(range)).collect())),
             Request::Quit => self.cpu.arm(&Arming::OFF).map(|()| Reply::Done),
         };
         let result = result.map_err(|error| error.to_string());
         self.send(Message::Answer(Answer { vcpu: self.id, seq: command.seq, result }));
+    }
+
+    /// The pieces of a linear range in guest-physical memory, page by page.
+    fn locate(&mut self, (addr, len): (u64, u64)) -> Option<Vec<Piece>> {
+        let mut pieces = Vec::new();
+        let mut done = 0;
+        while done < len {
+            let at = addr.checked_add(done)?;
+            let piece = (PAGE_SIZE - at % PAGE_SIZE).min(len - done);
+            pieces.push(Piece { gpa: self.cpu.translate(at)?, len: piece });
+            done += piece;
+        }
+        Some(pieces)
     }
 
     /// The coordinator may be gone already; then nobody wants to hear.
@@ -224,7 +239,7 @@ impl<C: Cpu> VcpuThread<C> {
             Ok(entry) => entry,
             Err(error) => {
                 let errno = error.raw_os_error().unwrap_or(0);
-                return self.stop(vec![StopReason::Crash(crate::debug::Crash::RunFailed { errno })]);
+                return self.stop(StopReason::Crash(crate::debug::Crash::RunFailed { errno }));
             }
         };
         if self.halts(&entry) {
@@ -296,10 +311,10 @@ impl<C: Cpu> VcpuThread<C> {
             Exit::Served(Some(reason)) => {
                 self.incomplete = true;
                 self.settle();
-                self.stop(vec![reason]);
+                self.stop(reason);
             }
             Exit::Debug(exit) => self.trapped(exit, entry, mode),
-            Exit::Crash(crash) => self.stop(vec![StopReason::Crash(crash)]),
+            Exit::Crash(crash) => self.stop(StopReason::Crash(crash)),
         }
     }
 
@@ -349,7 +364,7 @@ impl<C: Cpu> VcpuThread<C> {
             // The instruction is done too; the hit is the reason that is told.
             self.end_step();
         }
-        let mut reasons: Vec<StopReason> = Vec::new();
+        let mut stops: Vec<Stop> = Vec::new();
         for (behind, addr) in hits {
             let SlotOwner { owner, request, .. } = behind;
             // Whoever was stopped here by a step has seen this crossing; the others have not.
@@ -361,14 +376,12 @@ impl<C: Cpu> VcpuThread<C> {
             }
             let reason = match request.on {
                 Trigger::Execute => StopReason::Breakpoint(request),
-                _ => StopReason::Watchpoint { request, addr },
+                _ => StopReason::Watchpoint { request, addr, stored: None },
             };
-            if !reasons.contains(&reason) {
-                reasons.push(reason);
-            }
+            stops.push(Stop { vcpu: self.id, reason, owner: Some(owner) });
         }
-        if !reasons.is_empty() {
-            self.stop(reasons);
+        if !stops.is_empty() {
+            self.stop_for(stops);
         } else if step {
             self.tell_step(mode);
         }
@@ -411,17 +424,22 @@ impl<C: Cpu> VcpuThread<C> {
         };
         if stop {
             self.told = self.cpu.pc().ok().map(|pc| Told { pc, crossing: false });
-            self.stop(vec![StopReason::Step]);
+            self.stop(StopReason::Step);
         }
     }
 
-    /// Parks for reasons of its own, and then says so.
-    fn stop(&mut self, reasons: Vec<StopReason>) {
+    /// Parks for a reason that is no breakpoint's.
+    fn stop(&mut self, reason: StopReason) {
+        self.stop_for(vec![Stop::new(self.id, reason)]);
+    }
+
+    /// Parks for stops of its own, and then says so.
+    fn stop_for(&mut self, stops: Vec<Stop>) {
         if let Err(error) = self.park() {
             tracing::warn!(vcpu = self.id.0, %error, "parked, but its debug registers could not be put back");
         }
         self.parked_from = None;
-        self.send(Message::Event(Event { vcpu: self.id, reasons }));
+        self.send(Message::Event(Event { stops }));
         (self.notify)();
     }
 }
