@@ -4,7 +4,7 @@
 use std::io;
 
 use super::{Activity, Registers};
-use crate::debug::{Crash, DebugExit, DebugImage, Dr7, SLOTS, StopReason};
+use crate::debug::{Crash, DebugExit, DebugImage, Dr7, General, SLOTS, StopReason};
 
 /// Why guest code stopped running. Parsed once from `kvm_run`; everything after matches on this.
 #[derive(Debug)]
@@ -47,6 +47,20 @@ impl Arming {
     }
 }
 
+/// A vCPU whose next instruction could be carried out without it: it is in 64-bit mode, and nothing
+/// but that instruction is about to happen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing {
+    /// Its general registers.
+    pub general: General,
+    /// Linear addresses have 57 bits, not 48.
+    pub wide: bool,
+    /// What the processor would fetch.
+    pub code: [u8; 15],
+    /// How many of those bytes it could fetch.
+    pub fetched: usize,
+}
+
 /// One vCPU, as its own thread sees it. Every method is called on that thread only (law 1).
 pub trait Cpu {
     /// Called once, when the thread begins.
@@ -73,6 +87,13 @@ pub trait Cpu {
     /// Writes all registers. The caller arms again afterwards (law 7).
     fn set_registers(&mut self, registers: &Registers) -> io::Result<()>;
 
+    /// General, segment and control registers, and what else is cheap to read: no FPU, no MSRs but
+    /// EFER, no debug registers.
+    fn state(&mut self) -> io::Result<Registers>;
+
+    /// Writes the general registers, RIP and RFLAGS only. The caller arms again afterwards (law 7).
+    fn set_general(&mut self, registers: &Registers) -> io::Result<()>;
+
     /// What the vCPU is doing.
     fn activity(&mut self) -> io::Result<Activity>;
 
@@ -96,6 +117,16 @@ pub trait Cpu {
 
     /// The guest's own TF and DR7, which tell its traps from ours.
     fn guest_debug_state(&mut self) -> io::Result<(bool, u64)>;
+
+    /// Where it stands, if an instruction may be carried out there for it.
+    fn standing(&mut self) -> io::Result<Option<Standing>> {
+        Ok(None)
+    }
+
+    /// Moves a vCPU that is [`standing`](Self::standing) on to the registers after its instruction.
+    fn advance(&mut self, _to: &General) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Called before the first entry after a park: tells a paravirtual clock that time was stolen.
     fn resumed(&mut self) {}

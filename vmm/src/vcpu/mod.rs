@@ -8,12 +8,14 @@ mod cpu;
 #[cfg_attr(feature = "shuttle", allow(dead_code))]
 pub mod kick;
 mod kvm;
+mod over;
 pub(crate) mod protocol;
 mod registers;
 mod step;
+mod synced;
 pub(crate) mod thread;
 mod xsave;
 
-pub use cpu::{Arming, Cpu, Exit};
+pub use cpu::{Arming, Cpu, Exit, Standing};
 pub use kvm::{ArmHook, KvmCpu};
 pub use registers::{Activity, DescriptorTable, Fpu, Registers, Segment};

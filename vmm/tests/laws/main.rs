@@ -11,10 +11,12 @@
 mod arming;
 mod booted;
 mod clock;
+mod inquest;
 mod lane;
 mod law;
 mod lifecycle;
 mod once;
+mod over;
 mod rig;
 mod spy;
 mod step;
@@ -44,6 +46,7 @@ fn all() -> Vec<Law> {
         arming::laws(),
         update::laws(),
         once::laws(),
+        over::laws(),
         stop_all::laws(),
         traps::laws(),
         step::laws(),

@@ -5,8 +5,8 @@ use std::io;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-use trapline_vmm::debug::Dr6;
-use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Registers};
+use trapline_vmm::debug::{Dr6, General};
+use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Registers, Standing};
 
 use crate::clock::{Monitor, PATIENCE};
 
@@ -28,6 +28,8 @@ pub(crate) struct Notes {
     pub(crate) stepped: u64,
     /// Times the vCPU was told that time had been stolen.
     pub(crate) resumed: u64,
+    /// Instructions carried out in place.
+    pub(crate) advanced: u64,
     /// Exceptions given to the guest.
     pub(crate) reflected: u64,
     /// The next so many calls of `arm` fail.
@@ -211,6 +213,16 @@ impl Cpu for Spied {
         self.cpu.set_registers(registers)
     }
 
+    fn state(&mut self) -> io::Result<Registers> {
+        self.spy.visit();
+        self.cpu.state()
+    }
+
+    fn set_general(&mut self, registers: &Registers) -> io::Result<()> {
+        self.spy.visit();
+        self.cpu.set_general(registers)
+    }
+
     fn activity(&mut self) -> io::Result<Activity> {
         self.spy.visit();
         self.cpu.activity()
@@ -251,6 +263,17 @@ impl Cpu for Spied {
     fn guest_debug_state(&mut self) -> io::Result<(bool, u64)> {
         self.spy.visit();
         self.cpu.guest_debug_state()
+    }
+
+    fn standing(&mut self) -> io::Result<Option<Standing>> {
+        self.spy.visit();
+        self.cpu.standing()
+    }
+
+    fn advance(&mut self, to: &General) -> io::Result<()> {
+        self.spy.visit();
+        self.spy.0.change(|notes| notes.advanced += 1);
+        self.cpu.advance(to)
     }
 
     fn resumed(&mut self) {
