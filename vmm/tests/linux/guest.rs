@@ -16,7 +16,7 @@ use trapline_vmm::{Vm, VmConfig};
 use crate::symbols::Symbols;
 
 /// A bound against hanging: a loaded machine that emulates another one takes its time.
-const PATIENCE: Duration = Duration::from_secs(240);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 pub(crate) const CPUS: u32 = 2;
 
@@ -150,7 +150,7 @@ impl Guest {
                 return found;
             }
             if started.elapsed() > PATIENCE {
-                panic!("waited {PATIENCE:?} in vain for {what}; the console ends with\n{}", self.last_lines());
+                panic!("waited {PATIENCE:?} in vain for {what}: {}\n{}", self.places(), self.last_lines());
             }
             looks += 1;
             // A step takes microseconds, a command seconds.
@@ -159,6 +159,16 @@ impl Guest {
                 _ => std::thread::sleep(Duration::from_micros(200)),
             }
         }
+    }
+
+    /// Where all vCPUs are.
+    fn places(&mut self) -> String {
+        if let Err(error) = self.vm.stop() {
+            return format!("cannot stop it: {error}");
+        }
+        let place =
+            |vcpu: u32| format!("vCPU {vcpu} at {}", self.symbols.name(self.vm.registers(VcpuId(vcpu)).unwrap().pc()));
+        (0..CPUS).map(place).collect::<Vec<_>>().join(", ")
     }
 
     fn last_lines(&self) -> String {
