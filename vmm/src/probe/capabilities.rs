@@ -371,6 +371,11 @@ impl Capabilities {
         matches!(self.seen.int3_cpl0, Int3::DebugExit | Int3::InternalError)
     }
 
+    /// Whether one that we put into code of ring 3 does.
+    pub fn can_patch_ring_3(&self) -> bool {
+        matches!(self.seen.int3_cpl3, Int3::DebugExit | Int3::InternalError)
+    }
+
     /// Whether kernel code can be single-stepped.
     pub fn can_step(&self) -> bool {
         matches!(self.seen.ss_cpl0, Step::Exact | Step::ExtraExits)

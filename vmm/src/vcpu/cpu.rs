@@ -103,7 +103,21 @@ pub trait Cpu {
     /// Guest-physical address of a linear one; `None` if it is not mapped.
     fn translate(&mut self, addr: u64) -> Option<u64>;
 
-    /// Bytes at a linear address; how many could be read.
+    /// Whether ring 3 may use what is at a linear address, as far as the page tables say.
+    fn is_users(&mut self, _addr: u64) -> bool {
+        false
+    }
+
+    /// RAM from a guest-physical address on, as it is; how many bytes could be read.
+    fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize;
+
+    /// Writes RAM from a guest-physical address on; whether all of it could be written.
+    fn write_physical(&mut self, gpa: u64, bytes: &[u8]) -> bool;
+
+    /// From now on [`read`](Self::read) does not show the patches of this image.
+    fn hide(&mut self, _patches_of: &DebugImage) {}
+
+    /// Bytes at a linear address, without patches (law 55); how many could be read.
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize;
 
     /// Writes to a linear address; whether all of it could be written.

@@ -23,9 +23,9 @@ use vm_memory::GuestMemoryMmap;
 use super::synced::SyncedFd;
 use super::xsave::{put_fpu, to_fpu};
 use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Registers, Segment, Standing, kick};
-use crate::debug::{Crash, DebugExit, Dr6, General, StopReason};
+use crate::debug::{Crash, DebugExit, DebugImage, Dr6, General, StopReason};
 use crate::devices::{Bus, DeviceEvent};
-use crate::paging::Paging;
+use crate::paging::{Paging, read_physical, write_all_physical};
 
 const MSR_STAR: u32 = 0xc000_0081;
 const MSR_LSTAR: u32 = 0xc000_0082;
@@ -50,12 +50,14 @@ pub struct KvmCpu {
     bus: Arc<Bus>,
     memory: GuestMemoryMmap,
     arm_hook: Option<ArmHook>,
+    /// Its patches are not shown.
+    hidden: DebugImage,
 }
 
 impl KvmCpu {
     /// Takes over a vCPU whose initial state is set.
     pub fn new(fd: VcpuFd, bus: Arc<Bus>, memory: GuestMemoryMmap, arm_hook: Option<ArmHook>) -> Self {
-        Self { fd: SyncedFd::new(fd), bus, memory, arm_hook }
+        Self { fd: SyncedFd::new(fd), bus, memory, arm_hook, hidden: DebugImage::default() }
     }
 
     fn enter(&mut self) -> Exit {
@@ -330,8 +332,25 @@ impl Cpu for KvmCpu {
         Some(self.paging().ok()?.translate(&self.memory, addr)?.gpa)
     }
 
+    fn is_users(&mut self, addr: u64) -> bool {
+        self.paging().is_ok_and(|paging| paging.translate(&self.memory, addr).is_some_and(|mapping| mapping.user))
+    }
+
+    fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize {
+        read_physical(&self.memory, gpa, into)
+    }
+
+    fn write_physical(&mut self, gpa: u64, bytes: &[u8]) -> bool {
+        write_all_physical(&self.memory, gpa, bytes)
+    }
+
+    fn hide(&mut self, patches_of: &DebugImage) {
+        self.hidden = patches_of.clone();
+    }
+
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize {
-        self.paging().map_or(0, |paging| paging.read(&self.memory, addr, into))
+        let Ok(paging) = self.paging() else { return 0 };
+        paging.read_shown(&self.memory, addr, into, |gpa, bytes| self.hidden.hide_patches(gpa, bytes))
     }
 
     fn write(&mut self, addr: u64, bytes: &[u8]) -> bool {

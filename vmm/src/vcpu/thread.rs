@@ -11,16 +11,18 @@
 //! The loop clears the kick *before* it looks at the inbox: a kick that arrives later makes the
 //! next entry return at once, so that no command waits for a guest exit (law C2).
 
+mod patch;
+
 use std::io;
 
 use super::Registers;
 use super::cpu::{Arming, Cpu, Exit};
 use super::over;
-use super::protocol::{Answer, Command, Event, Message, Reply, Request};
+use super::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
 use super::step::{Arrival, Crossing, DB, Outcome, Placed, Stepped};
 use crate::debug::{
-    Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Expectation, GuestState, Hit, Level, Piece, RunMode, Slot,
-    SlotOwner, Stop, StopReason, Trigger, VcpuId, classify, is_ours_alone,
+    BP, Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Expectation, GuestState, Hit, INT3, Level, Piece,
+    RunMode, Slot, SlotOwner, Stop, StopReason, Trigger, VcpuId, classify, is_ours_alone,
 };
 use crate::limits::PAGE_SIZE;
 use crate::sync::{Arc, mpsc};
@@ -95,6 +97,8 @@ pub(crate) struct VcpuThread<C> {
     stepped: Option<Stepped>,
     /// The guest steps itself, and is owed its #DB for the instruction before this pc (law 46).
     owes_trap_at: Option<u64>,
+    /// All other vCPUs are parked until it has stepped over a patch.
+    alone: bool,
     /// A crossing that was told and is not over: its instruction has faulted, or is a REP that was
     /// interrupted. The guest may be about to come back to it (law 42).
     unfinished: Option<Crossing>,
@@ -122,6 +126,7 @@ impl<C: Cpu> VcpuThread<C> {
             incomplete: false,
             stepped: None,
             owes_trap_at: None,
+            alone: false,
             unfinished: None,
         }
     }
@@ -155,6 +160,7 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     fn obey(&mut self, command: Command) {
+        let late = matches!(command.request, Request::StepOver);
         let result = match command.request {
             Request::Install(image) => self.install(image).map(|()| Reply::Done),
             Request::Park => {
@@ -164,6 +170,8 @@ impl<C: Cpu> VcpuThread<C> {
                 self.park().map(|()| Reply::Done)
             }
             Request::Resume(mode) => {
+                // One that is to stay parked now does not go on at the next Unpark either.
+                self.parked_from = None;
                 self.resume(mode);
                 Ok(Reply::Done)
             }
@@ -175,6 +183,10 @@ impl<C: Cpu> VcpuThread<C> {
             }
             Request::Untell => {
                 self.told = None;
+                Ok(Reply::Done)
+            }
+            Request::StepOver => {
+                self.step_over();
                 Ok(Reply::Done)
             }
             Request::ReadRegisters => self.cpu.registers().map(|r| Reply::Registers(Box::new(r))),
@@ -189,10 +201,14 @@ impl<C: Cpu> VcpuThread<C> {
         };
         let result = result.map_err(|error| error.to_string());
         self.send(Message::Answer(Answer { vcpu: self.id, seq: command.seq, result }));
+        if late {
+            // All others wait for this one; if the coordinator has given up on it, it must look again.
+            (self.notify)();
+        }
     }
 
     /// The pieces of a linear range in guest-physical memory, page by page.
-    fn locate(&mut self, (addr, len): (u64, u64)) -> Option<Vec<Piece>> {
+    fn locate(&mut self, (addr, len): (u64, u64)) -> Option<Located> {
         let mut pieces = Vec::new();
         let mut done = 0;
         while done < len {
@@ -201,7 +217,7 @@ impl<C: Cpu> VcpuThread<C> {
             pieces.push(Piece { gpa: self.cpu.translate(at)?, len: piece });
             done += piece;
         }
-        Some(pieces)
+        Some(Located { pieces, user: self.cpu.is_users(addr) })
     }
 
     /// The coordinator may be gone already; then nobody wants to hear.
@@ -214,6 +230,7 @@ impl<C: Cpu> VcpuThread<C> {
         // On failure KVM has kept what it had, and so does this thread.
         self.cpu.arm(&arming)?;
         self.armed = Some(arming);
+        self.cpu.hide(&image);
         self.image = image;
         Ok(())
     }
@@ -272,6 +289,9 @@ impl<C: Cpu> VcpuThread<C> {
     fn run_once(&mut self, mode: RunMode) {
         if self.is_over_in_place(mode) {
             return;
+        }
+        if self.stands_on_told_patch() {
+            return self.want_alone(mode);
         }
         let entry = match self.prepare(mode) {
             Ok(entry) => entry,
@@ -361,12 +381,13 @@ impl<C: Cpu> VcpuThread<C> {
         heard.fold(0, |bits, (n, _)| bits | 1 << n)
     }
 
-    /// Whether the step is over a HLT that no armed slot stops at first.
-    fn halts(&self, entry: &Entry) -> bool {
+    /// Whether the step is over a HLT that no armed slot and no patch stops at first.
+    fn halts(&mut self, entry: &Entry) -> bool {
         let armed = |(n, _): (usize, _)| entry.expect.suspended & 1 << n == 0;
         entry.stepping
             && self.stepped.as_ref().is_some_and(Stepped::halts)
             && !self.image.exec_slots_at(entry.from).any(armed)
+            && self.patch_under(entry.from).is_none()
     }
 
     fn handle(&mut self, mut exit: Exit, entry: &Entry, mode: RunMode) {
@@ -390,7 +411,12 @@ impl<C: Cpu> VcpuThread<C> {
                 self.settle();
                 self.stop(reason);
             }
+            Exit::Debug(exit) if exit.exception == BP && self.ran_into_patch(exit.pc, mode) => {}
             Exit::Debug(exit) => self.trapped(exit, entry, mode),
+            // A KVM that interprets ring 0 does not know INT3 (law 54).
+            Exit::Crash(Crash::EmulationFailure { bytes })
+                if bytes.first() == Some(&INT3)
+                    && self.cpu.pc().is_ok_and(|pc| self.ran_into_patch(pc, mode)) => {}
             Exit::Crash(crash) => self.stop(StopReason::Crash(crash)),
         }
     }
@@ -409,7 +435,7 @@ impl<C: Cpu> VcpuThread<C> {
         if guest_bp {
             self.reflect(|cpu| cpu.reflect_bp());
         }
-        if !hits.is_empty() && self.is_back(&exit) {
+        if !hits.is_empty() && self.is_back(exit.pc) {
             // The crossing that was told goes on; its slot is suspended again, and it is stepped.
             self.told = Some(Told { pc: exit.pc, crossing: true });
             return;
@@ -427,7 +453,8 @@ impl<C: Cpu> VcpuThread<C> {
             }
             // Who steps over a breakpoint steps over all iterations: they are one crossing.
             if stepped.goes_on_at(exit.pc) && mode == RunMode::Continue {
-                if stepped.iterated()
+                if !self.alone
+                    && stepped.iterated()
                     && let Err(error) = self.breathe(exit.pc)
                 {
                     tracing::warn!(vcpu = self.id.0, %error, "a REP could not be interrupted");
@@ -436,18 +463,24 @@ impl<C: Cpu> VcpuThread<C> {
             }
             return self.step_done(arrival, mode);
         }
+        self.hit(hits, exit.pc, arrival, mode);
+    }
+
+    /// Requests have triggered at `pc`, with the data address of each; `arrival` says that a step is
+    /// over as well.
+    fn hit(&mut self, hits: Vec<(SlotOwner, u64)>, pc: u64, arrival: Option<Arrival>, mode: RunMode) {
         // A watchpoint says nothing about the instruction behind the access (law 22), and does not
         // end a crossing either while a REP goes on.
         let crossing = hits.iter().any(|(behind, _)| behind.request.on == Trigger::Execute);
-        let gdb_knows = self.told.is_some_and(|told| told.pc == exit.pc);
+        let gdb_knows = self.told.is_some_and(|told| told.pc == pc);
         let crossed = self.told.is_some_and(|told| told.crossing);
-        let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(exit.pc));
+        let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(pc));
         if crossing || !goes_on {
-            self.told = crossing.then_some(Told { pc: exit.pc, crossing });
+            self.told = crossing.then_some(Told { pc, crossing });
         }
         if let Some(arrival) = arrival {
             // The instruction is done too; the hit is the reason that is told.
-            self.end_step(arrival, exit.pc, crossed);
+            self.end_step(arrival, pc, crossed);
         }
         let mut stops: Vec<Stop> = Vec::new();
         for (behind, addr) in hits {
@@ -456,7 +489,7 @@ impl<C: Cpu> VcpuThread<C> {
             if gdb_knows && owner.level == Level::Gdb && request.on == Trigger::Execute {
                 continue;
             }
-            if self.ask_handler(&behind, exit.pc) == Disposition::Continue {
+            if self.ask_handler(&behind, pc) == Disposition::Continue {
                 continue;
             }
             let reason = match request.on {
@@ -489,8 +522,8 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// Whether the vCPU has come back to an instruction that was told of and has faulted.
-    fn is_back(&mut self, exit: &DebugExit) -> bool {
-        let Some(crossing) = self.unfinished.filter(|crossing| crossing.pc == exit.pc) else { return false };
+    fn is_back(&mut self, pc: u64) -> bool {
+        let Some(crossing) = self.unfinished.filter(|crossing| crossing.pc == pc) else { return false };
         let Ok(registers) = self.cpu.state() else { return false };
         if !crossing.is_of(&registers) {
             return false;

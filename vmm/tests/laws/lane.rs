@@ -26,6 +26,8 @@ pub(crate) enum Need {
     SeveralHits,
     /// INT n, INT3 and INT1 in ring 0 raise their exceptions, and are no emulation failures.
     IntInRing0,
+    /// INT3 in ring 0 comes to us: breakpoints can be patched into guest code.
+    Patches,
     /// An execution slot may be armed while a vCPU is in real mode. QEMU's SVM emulation crashes.
     RealModeSlots,
     /// The debug core does not do this yet on these flavours of KVM (issue 3).
@@ -47,6 +49,7 @@ impl Need {
             Need::Kick => (lane() != "vmx", "no kick"),
             Need::RealModeSlots => (lane() != "svm", "no exec slot in real mode"),
             Need::IntInRing0 => (probe(&INT_IN_RING_0, int_in_ring_0), "no INT in ring 0"),
+            Need::Patches => (probe(&PATCHES, patches), "INT3 goes to the guest"),
             Need::DataWatch => (probe(&DATA_WATCH, data_watch), "no data watch"),
             Need::ExecInRing3 => (probe(&EXEC_IN_RING_3, exec_in_ring_3), "no exec slot in ring 3"),
             Need::StepInRing3 => (probe(&STEP_IN_RING_3, step_in_ring_3), "no step in ring 3"),
@@ -75,6 +78,7 @@ pub(crate) fn lane() -> &'static str {
     LANE.get_or_init(|| std::env::var("TRAPLINE_LANE").unwrap_or_default())
 }
 
+static PATCHES: OnceLock<bool> = OnceLock::new();
 static DATA_WATCH: OnceLock<bool> = OnceLock::new();
 static EXEC_IN_RING_3: OnceLock<bool> = OnceLock::new();
 static STEP_IN_RING_3: OnceLock<bool> = OnceLock::new();
@@ -83,6 +87,15 @@ static SEVERAL_HITS: OnceLock<bool> = OnceLock::new();
 
 fn probe(answer: &OnceLock<bool>, ask: fn() -> bool) -> bool {
     *answer.get_or_init(ask)
+}
+
+fn patches() -> bool {
+    let mut rig = Rig::one("bp_line");
+    rig.offer_patches();
+    for label in ["bp_line_end", "bp4", "bp3", "bp2", "bp1"] {
+        rig.set(Breakpoint::exec(at(label))).unwrap();
+    }
+    rig.run_first(RunMode::Continue) == StopReason::Breakpoint(Breakpoint::exec(at("bp1")))
 }
 
 fn data_watch() -> bool {

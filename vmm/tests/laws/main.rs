@@ -17,6 +17,7 @@ mod law;
 mod lifecycle;
 mod once;
 mod over;
+mod patch;
 mod rig;
 mod spy;
 mod step;
@@ -50,6 +51,7 @@ fn all() -> Vec<Law> {
         stop_all::laws(),
         traps::laws(),
         step::laws(),
+        patch::laws(),
         lifecycle::laws(),
     ]
     .concat()

@@ -12,14 +12,15 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use object::{Object, ObjectSegment};
+use object::{Object, ObjectSection, ObjectSegment, SectionKind};
 use trapline_guests::fixture::{self, LOG_SIZE, LogEntry, Start};
 use trapline_vmm::boot::layout;
 use trapline_vmm::coordinator::{Coordinator, Kick};
 use trapline_vmm::cpuid::{Topology, vcpu_entries};
-use trapline_vmm::debug::{Breakpoint, BreakpointError, Owner, ResumePlan, RunMode, Stop, StopReason, VcpuId};
+use trapline_vmm::debug::{Breakpoint, BreakpointError, Offer, Owner, ResumePlan, RunMode, Stop, StopReason, VcpuId};
 use trapline_vmm::devices::bus::{Bus, Device, Shared};
 use trapline_vmm::devices::{DeviceEvent, ExitPort, exit};
+use trapline_vmm::ground::RamGround;
 use trapline_vmm::memory::GuestRam;
 use trapline_vmm::paging::{read_physical, write_all_physical};
 use trapline_vmm::vcpu::{Activity, Arming, KvmCpu, Registers, kick};
@@ -114,6 +115,12 @@ impl Rig {
         Rig { coordinator, spies, mmio, ports, raw, events, ram, vm }
     }
 
+    /// What finds no slot from now on becomes a patch.
+    pub(crate) fn offer_patches(&mut self) {
+        let offer = Offer { patches: true, ..Offer::SLOTS };
+        self.coordinator.use_ground(Box::new(RamGround(self.ram.clone())), offer);
+    }
+
     pub(crate) fn cpus(&self) -> usize {
         self.spies.len()
     }
@@ -121,7 +128,7 @@ impl Rig {
     /// What every vCPU that does not step is to be armed with: the image in force, bit by bit.
     pub(crate) fn published(&self) -> Arming {
         let image = self.coordinator.image();
-        Arming { addresses: image.addresses(), dr7: image.dr7(), step: false, block_irq: false, int3: false }
+        Arming { addresses: image.addresses(), dr7: image.dr7(), step: false, block_irq: false, int3: !image.patches().is_empty() }
     }
 
     /// All vCPUs in one mode.
@@ -217,6 +224,23 @@ impl Rig {
 
     pub(crate) fn pc(&mut self, cpu: u32) -> u64 {
         self.registers(cpu).pc()
+    }
+
+    /// What is in guest memory, patches and all.
+    pub(crate) fn read_ram(&self, addr: u64, into: &mut [u8]) {
+        assert_eq!(read_physical(self.ram.mem(), addr, into), into.len());
+    }
+
+    /// All of the guest's code, as it is in memory.
+    pub(crate) fn code(&self) -> Vec<u8> {
+        let file = object::File::parse(fixture::image()).unwrap();
+        let text = file.sections().filter(|section| section.kind() == SectionKind::Text);
+        text.flat_map(|section| {
+            let mut bytes = vec![0; section.size() as usize];
+            self.read_ram(section.address(), &mut bytes);
+            bytes
+        })
+        .collect()
     }
 
     /// A u64 in guest memory; readable while the guest runs.

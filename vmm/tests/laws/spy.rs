@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-use trapline_vmm::debug::{Dr6, General};
+use trapline_vmm::debug::{DebugImage, Dr6, General};
 use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Registers, Standing};
 
 use crate::clock::{Monitor, PATIENCE};
@@ -28,6 +28,8 @@ pub(crate) struct Notes {
     pub(crate) stepped: u64,
     /// Times the vCPU was told that time had been stolen.
     pub(crate) resumed: u64,
+    /// HLTs that were carried out for it.
+    pub(crate) halted: u64,
     /// Instructions carried out in place.
     pub(crate) advanced: u64,
     /// Exceptions given to the guest.
@@ -230,12 +232,28 @@ impl Cpu for Spied {
 
     fn halt(&mut self) -> io::Result<()> {
         self.spy.visit();
+        self.spy.0.change(|notes| notes.halted += 1);
         self.cpu.halt()
     }
 
     fn translate(&mut self, addr: u64) -> Option<u64> {
         self.spy.visit();
         self.cpu.translate(addr)
+    }
+
+    fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize {
+        self.spy.visit();
+        self.cpu.read_physical(gpa, into)
+    }
+
+    fn write_physical(&mut self, gpa: u64, bytes: &[u8]) -> bool {
+        self.spy.visit();
+        self.cpu.write_physical(gpa, bytes)
+    }
+
+    fn hide(&mut self, patches_of: &DebugImage) {
+        self.spy.visit();
+        self.cpu.hide(patches_of);
     }
 
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize {
