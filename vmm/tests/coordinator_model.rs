@@ -127,6 +127,14 @@ impl Cpu for ModelCpu {
         Ok(())
     }
 
+    fn state(&mut self) -> io::Result<Registers> {
+        self.registers()
+    }
+
+    fn set_general(&mut self, registers: &Registers) -> io::Result<()> {
+        self.set_registers(registers)
+    }
+
     fn activity(&mut self) -> io::Result<Activity> {
         Ok(Activity::Runnable)
     }

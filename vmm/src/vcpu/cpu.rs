@@ -87,6 +87,13 @@ pub trait Cpu {
     /// Writes all registers. The caller arms again afterwards (law 7).
     fn set_registers(&mut self, registers: &Registers) -> io::Result<()>;
 
+    /// General, segment and control registers, and what else is cheap to read: no FPU, no MSRs but
+    /// EFER, no debug registers.
+    fn state(&mut self) -> io::Result<Registers>;
+
+    /// Writes the general registers, RIP and RFLAGS only. The caller arms again afterwards (law 7).
+    fn set_general(&mut self, registers: &Registers) -> io::Result<()>;
+
     /// What the vCPU is doing.
     fn activity(&mut self) -> io::Result<Activity>;
 

@@ -294,6 +294,17 @@ impl Cpu for KvmCpu {
         })
     }
 
+    fn state(&mut self) -> io::Result<Registers> {
+        let mut registers = Registers::default();
+        take_general_registers(&mut registers, &self.fd.get_regs()?);
+        take_system_registers(&mut registers, &self.fd.get_sregs()?);
+        Ok(registers)
+    }
+
+    fn set_general(&mut self, registers: &Registers) -> io::Result<()> {
+        Ok(self.fd.set_regs(&general_registers(registers))?)
+    }
+
     fn activity(&mut self) -> io::Result<Activity> {
         Ok(match self.fd.get_mp_state()?.mp_state {
             KVM_MP_STATE_RUNNABLE => Activity::Runnable,

@@ -11,6 +11,7 @@
 mod arming;
 mod booted;
 mod clock;
+mod inquest;
 mod lane;
 mod law;
 mod lifecycle;

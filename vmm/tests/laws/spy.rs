@@ -213,6 +213,16 @@ impl Cpu for Spied {
         self.cpu.set_registers(registers)
     }
 
+    fn state(&mut self) -> io::Result<Registers> {
+        self.spy.visit();
+        self.cpu.state()
+    }
+
+    fn set_general(&mut self, registers: &Registers) -> io::Result<()> {
+        self.spy.visit();
+        self.cpu.set_general(registers)
+    }
+
     fn activity(&mut self) -> io::Result<Activity> {
         self.spy.visit();
         self.cpu.activity()
