@@ -2,6 +2,9 @@
 
 use super::{DebugImage, Dr6, SLOTS, SlotCondition, SlotOwner};
 
+/// Vector of #BP.
+pub const BP: u32 = 3;
+
 /// KVM_EXIT_DEBUG as the kernel reports it, without `dr7`: that field is stale or garbage on
 /// some flavours (law 26).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +54,7 @@ impl Causes {
 /// them. What is left over (a slot that was removed meanwhile, a stale bit of a disabled slot,
 /// KVM's own NMI-window step) is nobody's (laws 15, 21, 51).
 pub fn classify(exit: DebugExit, image: &DebugImage, expect: Expectation, guest_tf: bool, guest_dr7: u64) -> Causes {
-    if exit.exception == 3 {
+    if exit.exception == BP {
         return Causes { guest_bp: true, ..Causes::default() };
     }
     let dr6 = Dr6(exit.dr6);

@@ -22,7 +22,7 @@ mod slots;
 mod stop;
 
 pub use breakpoint::{Breakpoint, BreakpointError, Level, Owner, Trigger};
-pub use classify::{Causes, DebugExit, Expectation, classify, is_ours_alone};
+pub use classify::{BP, Causes, DebugExit, Expectation, classify, is_ours_alone};
 pub(crate) use handler::GuestState;
 pub use handler::{Disposition, Handler, Hit};
 pub use image::{DebugImage, Epoch, Patch, Slot, SlotOwner, WatchedRange};

@@ -365,7 +365,12 @@ impl Capabilities {
 
     /// What breakpoints and watchpoints are served by here.
     pub fn offer(&self) -> Offer {
-        Offer { data_slots: self.can_watch_in_hardware(), ..Offer::SLOTS }
+        Offer {
+            data_slots: self.can_watch_in_hardware(),
+            pages: self.can_watch_by_page(),
+            patches: self.can_patch(),
+            user_patches: self.can_patch_ring_3(),
+        }
     }
 
     /// Whether data slots fire, for kernel code at least.

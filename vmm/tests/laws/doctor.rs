@@ -7,8 +7,8 @@ use crate::law::{Law, law};
 
 pub(crate) fn laws() -> Vec<Law> {
     vec![
-        law!(probe_answers_as_recorded, [Record]),
-        law!(probe_tells_the_claims_that_do_not_hold, [Record]),
+        law!(probe_answers_as_recorded, Record),
+        law!(probe_tells_the_claims_that_do_not_hold, Record),
         law!(probe_answers_the_same_again),
     ]
 }

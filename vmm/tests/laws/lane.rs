@@ -24,6 +24,8 @@ pub(crate) enum Need {
     SeveralHits,
     /// INT n, INT3 and INT1 in ring 0 raise their exceptions, and are no emulation failures.
     IntInRing0,
+    /// INT3 in ring 0 comes to us: breakpoints can be patched into guest code.
+    Patches,
     /// An execution slot may be armed while a vCPU is in real mode. QEMU's SVM emulation crashes.
     RealModeSlots,
     /// The probe's answers on this KVM are recorded.
@@ -49,6 +51,7 @@ impl Need {
                 (seen().x_real_mode != RealModeSlots::CrashesTheMachine, "no exec slot in real mode: x_real_mode")
             }
             Need::IntInRing0 => (int_in_ring_0(), "no INT in ring 0: guest_int3_cpl0, int_n_cpl0, int1_cpl0"),
+            Need::Patches => (capabilities().can_patch(), "INT3 goes to the guest: int3_cpl0"),
             Need::DataWatch => (capabilities().can_watch_in_hardware(), "no data watch: w_data, rw_data"),
             Need::ExecInRing3 => (seen().x_cpl3 == Slot::Fires, "no exec slot in ring 3: x_cpl3"),
             Need::StepInRing3 => {

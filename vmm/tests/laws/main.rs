@@ -18,12 +18,14 @@ mod law;
 mod lifecycle;
 mod once;
 mod over;
+mod patch;
 mod rig;
 mod spy;
 mod step;
 mod stop_all;
 mod traps;
 mod update;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -51,7 +53,9 @@ fn all() -> Vec<Law> {
         over::laws(),
         stop_all::laws(),
         traps::laws(),
+        watch::laws(),
         step::laws(),
+        patch::laws(),
         lifecycle::laws(),
     ]
     .concat()
