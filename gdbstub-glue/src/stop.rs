@@ -117,9 +117,11 @@ fn crash_signal(crash: &Crash) -> Signal {
     match crash {
         Crash::TripleFault { .. } => Signal::Segv,
         Crash::EmulationFailure { .. } => Signal::Ill,
-        Crash::Internal { .. } | Crash::FailEntry { .. } | Crash::UnknownExit { .. } | Crash::RunFailed { .. } => {
-            Signal::Bus
-        }
+        Crash::Internal { .. }
+        | Crash::FailEntry { .. }
+        | Crash::UnknownExit { .. }
+        | Crash::RunFailed { .. }
+        | Crash::EntryFailed { .. } => Signal::Bus,
     }
 }
 

@@ -572,7 +572,7 @@ mod tests {
         assert_eq!(table.prepare_set(GDB, Breakpoint::exec(0x9000), None).unwrap().unwrap().images().len(), 1);
     }
 
-    const EVERYTHING: Offer = Offer { data_slots: true, patches: true, pages: true };
+    const EVERYTHING: Offer = Offer { data_slots: true, patches: true, user_patches: true, pages: true };
 
     /// A guest whose linear addresses are its physical ones, plus this.
     const LINEAR: u64 = 0xffff_8000_0000_0000;
@@ -585,7 +585,41 @@ mod tests {
             pieces.push(Piece { gpa: at, len: end - at });
             at = end;
         }
-        Some(Place { pieces, original })
+        Some(Place { pieces, original, user: false })
+    }
+
+    #[test]
+    fn l54_in_ring_3_a_patch_serves_only_where_its_int3_is_ours_there() {
+        for user_patches in [false, true] {
+            let mut table = SlotTable::new(Offer { user_patches, ..EVERYTHING });
+            for i in 0..4 {
+                set(&mut table, GDB, Breakpoint::exec(i)).unwrap();
+            }
+            let request = Breakpoint::exec(0x1000);
+            let place = mapped(0x1000, 1, 0x90).map(|place| Place { user: true, ..place });
+            let set = table.prepare(&[Change::Set { owner: GDB, request, handler: None, place }]);
+            match user_patches {
+                true => assert_eq!(last(&set.unwrap().unwrap()).patches().len(), 1),
+                false => assert!(matches!(set, Err(BreakpointError::Unsupported { .. }))),
+            }
+        }
+    }
+
+    #[test]
+    fn l56_a_patch_puts_back_what_was_there_when_it_came() {
+        let mut table = SlotTable::new(EVERYTHING);
+        for n in 0..5 {
+            table.commit(table.prepare(&[exec_at(0x1000 + n, 0x50)]).unwrap().unwrap());
+        }
+        // One goes and comes back: the youngest then, it is the one in memory.
+        table.commit(table.prepare_clear(GDB, Breakpoint::exec(LINEAR + 0x1000)).unwrap());
+        table.refresh(|_| Some(0x60));
+        let image = change(&mut table, &[exec_at(0x1000, 0x60)]).unwrap();
+        assert_eq!(image.patches().iter().map(|patch| (patch.gpa, patch.original)).collect::<Vec<_>>(), [(0x1000, 0x60)]);
+        assert_eq!(table.mechanism(GDB, Breakpoint::exec(LINEAR + 0x1004)), Some(Mechanism::Slots));
+        // What is under a patch is not looked at: it is an INT3.
+        table.refresh(|_| Some(0x70));
+        assert_eq!(table.patches()[0].original, 0x60);
     }
 
     fn change(table: &mut SlotTable, changes: &[Change]) -> Result<DebugImage, BreakpointError> {
