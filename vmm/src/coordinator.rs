@@ -170,6 +170,11 @@ impl Coordinator {
     /// Serves requests in guest memory, too, by what `offer` says.
     pub fn use_ground(&mut self, ground: Box<dyn Ground>, offer: Offer) {
         self.ground = ground;
+        self.set_offer(offer);
+    }
+
+    /// Changes what serves requests. It counts from the next change of the set on.
+    pub fn set_offer(&mut self, offer: Offer) {
         self.table.set_offer(offer);
     }
 
@@ -804,6 +809,7 @@ fn ending_of(reason: &StopReason) -> Option<Ending> {
     match reason {
         StopReason::GuestExit(value) => Some(Ending::Exit(*value)),
         StopReason::GuestShutdown { .. } => Some(Ending::Shutdown),
+        StopReason::Crash(crash) if crash.is_mendable() => None,
         StopReason::Crash(crash) => Some(Ending::Crash(crash.clone())),
         StopReason::Ended(ending) => Some(ending.clone()),
         StopReason::Breakpoint(_)

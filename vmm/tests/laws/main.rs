@@ -11,6 +11,7 @@
 mod arming;
 mod booted;
 mod clock;
+mod doctor;
 mod fire;
 mod inquest;
 mod lane;
@@ -25,6 +26,7 @@ mod step;
 mod stop_all;
 mod traps;
 mod update;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
 fn all() -> Vec<Law> {
     [
         vec![law!(the_table_of_laws_has_a_row_for_every_test)],
+        doctor::laws(),
         arming::laws(),
         update::laws(),
         once::laws(),
@@ -52,6 +55,7 @@ fn all() -> Vec<Law> {
         over::laws(),
         stop_all::laws(),
         traps::laws(),
+        watch::laws(),
         step::laws(),
         patch::laws(),
         lifecycle::laws(),

@@ -132,7 +132,10 @@ fn l54_where_int3_is_the_guests_the_fifth_is_refused() {
     let set = demo.vm.set_breakpoint(Owner::GDB, fifth);
     if Patches.missing().is_none() {
         set.unwrap();
-        assert_eq!(demo.run_all().reason, StopReason::Breakpoint(fifth));
+        // The first of the four is where the guest comes by as well.
+        let first = StopReason::Breakpoint(Breakpoint::exec(demo.at("count_a_round")));
+        let mut reasons = (0..).map(|_| demo.run_all().reason);
+        assert_eq!(reasons.find(|reason| *reason != first), Some(StopReason::Breakpoint(fifth)));
     } else {
         assert_eq!(set, Err(BreakpointError::NoSlot { request: fifth, needed: 1, free: 0 }));
     }
