@@ -303,6 +303,7 @@ impl Coordinator {
         loop {
             match self.messages.try_recv() {
                 Ok(Message::Event(event)) => self.queue(event),
+                Ok(Message::Notice(notice)) => self.notices.push(notice),
                 Ok(Message::Answer(_)) => {} // too late: whoever asked has given up on it
                 Err(_) => break,
             }
@@ -523,6 +524,7 @@ impl Coordinator {
         while answers.iter().any(Option::is_none) && !deadline.is_over() {
             match deadline.recv(&self.messages, KICK_INTERVAL) {
                 Ok(Message::Event(event)) => self.queue(event),
+                Ok(Message::Notice(notice)) => self.notices.push(notice),
                 Ok(Message::Answer(Answer { vcpu, seq: answered, result })) if answered == seq => {
                     // The first answer counts; a second one changes nothing.
                     let place = vcpu.index().checked_sub(asked.start).and_then(|n| answers.get_mut(n));

@@ -8,6 +8,11 @@ pub const ACK_DEADLINE: Duration = Duration::from_secs(10);
 /// How long to wait for an answer before the vCPU is kicked again.
 pub const KICK_INTERVAL: Duration = Duration::from_millis(2);
 
+/// How long a breakpoint that the guest sets in its own debug registers may go unseen while slots
+/// of ours are armed, on a KVM that does not report the access (SVM, PVM): at the latest after
+/// this much time of running, a vCPU looks.
+pub const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+
 /// Most vCPUs of one machine. xAPIC ids (8 bits) and the tables sized by it are far from full at this number.
 pub const MAX_VCPUS: u32 = 64;
 

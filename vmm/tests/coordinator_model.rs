@@ -15,10 +15,10 @@ use shuttle::sync::{Arc, Mutex};
 use shuttle::thread;
 use trapline_vmm::coordinator::{Coordinator, CoordinatorError, Kick};
 use trapline_vmm::debug::{
-    Breakpoint, BreakpointError, DebugExit, Disposition, Dr6, Handler, Level, Owner, ResumePlan, RunMode, Stop,
-    StopReason, Trigger, VcpuId,
+    Breakpoint, BreakpointError, DebugExit, Disposition, Dr6, GuestRegisters, Handler, Level, Owner, ResumePlan,
+    RunMode, Stop, StopReason, Trigger, VcpuId,
 };
-use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, Registers};
+use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, Raised, Registers};
 
 /// The loop: LOOP, LOOP + 1 (counts), LOOP + 2, back to LOOP.
 const LOOP: u64 = 0x1000;
@@ -153,6 +153,26 @@ impl Cpu for ModelCpu {
 
     fn guest_debug_state(&mut self) -> io::Result<(bool, u64)> {
         Ok((false, 0x400))
+    }
+
+    fn guest_registers(&mut self) -> io::Result<GuestRegisters> {
+        Ok(GuestRegisters { dr7: 0x400, ..GuestRegisters::default() })
+    }
+
+    fn rflags(&mut self) -> io::Result<u64> {
+        Ok(2)
+    }
+
+    fn raise(&mut self, event: Raised, _: u64) -> io::Result<()> {
+        panic!("the guest was given what it did not raise: {event:?}");
+    }
+
+    fn end_shadow(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn kick_itself(&mut self, _: bool) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -13,6 +13,7 @@
 
 mod breakpoint;
 mod classify;
+mod guest;
 mod handler;
 mod image;
 mod registers;
@@ -20,7 +21,8 @@ mod slots;
 mod stop;
 
 pub use breakpoint::{Breakpoint, BreakpointError, Level, Owner, Trigger};
-pub use classify::{Causes, DebugExit, Expectation, classify};
+pub use classify::{Causes, DebugExit, GuestView, classify};
+pub use guest::{GENERAL_DETECT, GuestBreakpoint, GuestBreakpoints, GuestRegisters, Overlay, Remembered};
 pub(crate) use handler::GuestState;
 pub use handler::{Disposition, Handler, Hit};
 pub use image::{DebugImage, Epoch, Slot, SlotOwner};

@@ -4,7 +4,7 @@
 use std::io;
 
 use super::{Activity, Registers};
-use crate::debug::{Crash, DebugExit, DebugImage, Dr7, SLOTS, StopReason};
+use crate::debug::{Crash, DebugExit, Dr7, GuestRegisters, Overlay, SLOTS, StopReason};
 
 /// Why guest code stopped running. Parsed once from `kvm_run`; everything after matches on this.
 #[derive(Debug)]
@@ -38,9 +38,38 @@ impl Arming {
     /// Nothing armed at all.
     pub const OFF: Arming = Arming { addresses: [0; SLOTS], dr7: Dr7::NONE, step: false, block_irq: false };
 
-    /// The whole image, for running on.
-    pub fn run(image: &DebugImage) -> Self {
-        Arming { addresses: image.addresses(), dr7: image.dr7(), ..Arming::OFF }
+    /// These slots, for running on.
+    pub fn run(overlay: &Overlay) -> Self {
+        Arming { addresses: overlay.addresses(), dr7: overlay.dr7(), ..Arming::OFF }
+    }
+}
+
+/// What an instruction raises in the guest that executes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Raised {
+    /// An exception, with its error code if it has one.
+    Exception {
+        /// Its vector.
+        vector: u8,
+        /// Its error code.
+        error: Option<u32>,
+    },
+    /// INT n.
+    Interrupt {
+        /// Its vector.
+        vector: u8,
+    },
+}
+
+impl Raised {
+    /// An exception without an error code.
+    pub const fn exception(vector: u8) -> Self {
+        Raised::Exception { vector, error: None }
+    }
+
+    /// An exception with the error code 0.
+    pub const fn fault(vector: u8) -> Self {
+        Raised::Exception { vector, error: Some(0) }
     }
 }
 
@@ -90,6 +119,23 @@ pub trait Cpu {
 
     /// The guest's own TF and DR7, which tell its traps from ours.
     fn guest_debug_state(&mut self) -> io::Result<(bool, u64)>;
+
+    /// The guest's own DR0-3, DR6 and DR7 (law 30).
+    fn guest_registers(&mut self) -> io::Result<GuestRegisters>;
+
+    /// The guest's own RFLAGS.
+    fn rflags(&mut self) -> io::Result<u64>;
+
+    /// Moves RIP by `len` and delivers at the next entry what the instruction there raises. The
+    /// caller arms again afterwards (law 7).
+    fn raise(&mut self, event: Raised, len: u64) -> io::Result<()>;
+
+    /// The instruction at RIP was carried out for the guest: what STI or MOV SS held back until
+    /// behind it is held back no longer.
+    fn end_shadow(&mut self) -> io::Result<()>;
+
+    /// Kicks itself every [`LOOK_INTERVAL`](crate::limits::LOOK_INTERVAL) from now on, or no more.
+    fn kick_itself(&mut self, often: bool) -> io::Result<()>;
 
     /// Called before the first entry after a park: tells a paravirtual clock that time was stolen.
     fn resumed(&mut self) {}

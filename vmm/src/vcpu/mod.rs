@@ -5,15 +5,18 @@
 //! other, and `kvm` turns it all into ioctls.
 
 mod cpu;
+mod dr_access;
+mod guest_level;
 #[cfg_attr(feature = "shuttle", allow(dead_code))]
 pub mod kick;
 mod kvm;
 pub(crate) mod protocol;
+mod raised;
 mod registers;
 mod step;
 pub(crate) mod thread;
 mod xsave;
 
-pub use cpu::{Arming, Cpu, Exit};
+pub use cpu::{Arming, Cpu, Exit, Raised};
 pub use kvm::{ArmHook, KvmCpu};
 pub use registers::{Activity, DescriptorTable, Fpu, Registers, Segment};

@@ -5,7 +5,7 @@
 //! channel, so that an event is always seen before the answer that was sent after it.
 
 use super::{Activity, Registers};
-use crate::debug::{DebugImage, RunMode, StopReason, VcpuId};
+use crate::debug::{DebugImage, Notice, RunMode, StopReason, VcpuId};
 use crate::sync::Arc;
 
 /// From the coordinator to one vCPU thread.
@@ -39,6 +39,7 @@ pub(crate) enum Request {
 pub(crate) enum Message {
     Answer(Answer),
     Event(Event),
+    Notice(Notice),
 }
 
 #[derive(Debug)]

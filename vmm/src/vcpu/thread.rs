@@ -11,15 +11,18 @@
 //! The loop clears the kick *before* it looks at the inbox: a kick that arrives later makes the
 //! next entry return at once, so that no command waits for a guest exit (law C2).
 
+mod guest_events;
+
 use std::io;
 
 use super::Registers;
 use super::cpu::{Arming, Cpu, Exit};
+use super::guest_level::GuestLevel;
 use super::protocol::{Answer, Command, Event, Message, Reply, Request};
 use super::step::Stepped;
 use crate::debug::{
-    Causes, DebugExit, DebugImage, Disposition, Expectation, GuestState, Hit, Level, RunMode, Slot, SlotOwner,
-    StopReason, Trigger, VcpuId, classify,
+    Breakpoint, Causes, Crash, DebugExit, DebugImage, Disposition, GuestState, Hit, Level, Notice, Overlay, Owner,
+    RunMode, Slot, SlotCondition, SlotOwner, StopReason, Trigger, VcpuId, classify,
 };
 use crate::sync::{Arc, mpsc};
 
@@ -32,7 +35,7 @@ enum State {
 struct Entry {
     from: u64,
     stepping: bool,
-    expect: Expectation,
+    armed: Overlay,
 }
 
 /// The last stop, for as long as the vCPU has not left the place.
@@ -77,6 +80,12 @@ pub(crate) struct VcpuThread<C> {
     incomplete: bool,
     /// The instruction that is being stepped, from its first entry until it is done.
     stepped: Option<Stepped>,
+    /// The guest's own debug registers.
+    guest: GuestLevel,
+    /// It kicks itself now and then.
+    kicks_itself: bool,
+    /// It was logged that no slot is left for the guest.
+    said_lost: bool,
 }
 
 impl<C: Cpu> VcpuThread<C> {
@@ -100,6 +109,9 @@ impl<C: Cpu> VcpuThread<C> {
             told: None,
             incomplete: false,
             stepped: None,
+            guest: GuestLevel::default(),
+            kicks_itself: false,
+            said_lost: false,
         }
     }
 
@@ -158,10 +170,15 @@ impl<C: Cpu> VcpuThread<C> {
             Request::WriteRegisters(registers) => {
                 // Writing registers drops what KVM latched for the step (law 7).
                 self.armed = None;
-                self.cpu.set_registers(&registers).map(|()| Reply::Done)
+                let written = self.cpu.set_registers(&registers);
+                self.look();
+                written.map(|()| Reply::Done)
             }
             Request::ReadActivity => self.cpu.activity().map(Reply::Activity),
-            Request::Quit => self.cpu.arm(&Arming::OFF).map(|()| Reply::Done),
+            Request::Quit => {
+                let quiet = self.cpu.kick_itself(false);
+                self.cpu.arm(&Arming::OFF).and(quiet).map(|()| Reply::Done)
+            }
         };
         let result = result.map_err(|error| error.to_string());
         self.send(Message::Answer(Answer { vcpu: self.id, seq: command.seq, result }));
@@ -173,11 +190,16 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     fn install(&mut self, image: Arc<DebugImage>) -> io::Result<()> {
-        let arming = Arming::run(&image);
+        // With nothing armed the guest's registers were nobody's business.
+        self.guest.look(&mut self.cpu)?;
+        let overlay = self.guest.overlay(&image, 0);
+        let arming = Arming::run(&overlay);
         // On failure KVM has kept what it had, and so does this thread.
         self.cpu.arm(&arming)?;
         self.armed = Some(arming);
         self.image = image;
+        self.say_lost(&overlay);
+        self.kick_itself_if_needed();
         Ok(())
     }
 
@@ -186,6 +208,7 @@ impl<C: Cpu> VcpuThread<C> {
             self.cpu.resumed();
             self.parked_from = None;
             self.state = State::Running(mode);
+            self.kick_itself_if_needed();
         }
     }
 
@@ -194,13 +217,14 @@ impl<C: Cpu> VcpuThread<C> {
         self.settle();
         self.state = State::Parked;
         self.stepped = None;
-        self.arm(Arming::run(&self.image))
+        self.kick_itself_if_needed();
+        self.arm(Arming::run(&self.guest.overlay(&self.image, 0)))
     }
 
     /// Completes a served access. What surfaces meanwhile is an event of its own.
     fn settle(&mut self) {
         while std::mem::take(&mut self.incomplete) {
-            let entry = Entry { from: 0, stepping: false, expect: Expectation { stepping: false, suspended: 0 } };
+            let entry = Entry { from: 0, stepping: false, armed: self.guest.overlay(&self.image, 0) };
             match self.cpu.complete() {
                 Exit::Kicked => {}
                 exit => self.handle(exit, &entry, RunMode::Continue),
@@ -242,19 +266,28 @@ impl<C: Cpu> VcpuThread<C> {
     /// Decides what to arm for the next entry and arms it: the slots, less those that this vCPU
     /// stands on and was stopped at, and single-step if that is wanted or needed.
     fn prepare(&mut self, mode: RunMode) -> io::Result<Entry> {
+        if self.guest.pay(&mut self.cpu)? {
+            self.armed = None;
+        }
         let wants_step = mode != RunMode::Continue;
-        if !wants_step && self.told.is_none() {
-            self.arm(Arming::run(&self.image))?;
-            return Ok(Entry { from: 0, stepping: false, expect: Expectation { stepping: false, suspended: 0 } });
+        if !wants_step && self.told.is_none() && self.guest.passes_at().is_none() {
+            let armed = self.guest.overlay(&self.image, 0);
+            self.arm(Arming::run(&armed))?;
+            self.say_lost(&armed);
+            return Ok(Entry { from: 0, stepping: false, armed });
         }
         let from = self.cpu.pc()?;
+        let passes = self.guest.passes_at() == Some(from);
+        if !passes {
+            self.guest.pass(None);
+        }
         let told = self.told.filter(|told| told.pc == from);
         let suspended = told.map_or(0, |told| self.heard(from, told.crossing));
-        let stepping = wants_step || suspended != 0 || told.is_some_and(|told| told.crossing);
+        let stepping = wants_step || suspended != 0 || passes || told.is_some_and(|told| told.crossing);
         // Once it runs freely it may come back here, and that is news.
         self.told = told.filter(|_| stepping);
-        let mut arming = Arming::run(&self.image);
-        arming.dr7 = self.image.dr7_without(suspended);
+        let armed = self.guest.overlay(&self.image, suspended);
+        let mut arming = Arming::run(&armed);
         if stepping {
             if self.stepped.is_none() {
                 self.stepped = Some(Stepped::begin(&mut self.cpu, from)?);
@@ -264,7 +297,7 @@ impl<C: Cpu> VcpuThread<C> {
             arming.block_irq = !self.stepped.as_ref().is_some_and(Stepped::waits_for_interrupt);
         }
         self.arm(arming)?;
-        Ok(Entry { from, stepping, expect: Expectation { stepping, suspended } })
+        Ok(Entry { from, stepping, armed })
     }
 
     /// The execution slots at `pc` that have had their say, one bit each: all of them after a hit,
@@ -278,13 +311,13 @@ impl<C: Cpu> VcpuThread<C> {
 
     /// Whether the step is over a HLT that no armed slot stops at first.
     fn halts(&self, entry: &Entry) -> bool {
-        let armed = |(n, _): (usize, _)| entry.expect.suspended & 1 << n == 0;
         entry.stepping
             && self.stepped.as_ref().is_some_and(Stepped::halts)
-            && !self.image.exec_slots_at(entry.from).any(armed)
+            && !self.image.exec_slots_at(entry.from).any(|(n, _)| entry.armed.is_ours(n))
     }
 
     fn handle(&mut self, exit: Exit, entry: &Entry, mode: RunMode) {
+        self.look_after(&exit, entry);
         match exit {
             Exit::Kicked | Exit::Again => {}
             Exit::Served(None) => {
@@ -299,6 +332,7 @@ impl<C: Cpu> VcpuThread<C> {
                 self.stop(vec![reason]);
             }
             Exit::Debug(exit) => self.trapped(exit, entry, mode),
+            Exit::Crash(Crash::EmulationFailure { bytes }) => self.cannot_emulate(bytes, mode),
             Exit::Crash(crash) => self.stop(vec![StopReason::Crash(crash)]),
         }
     }
@@ -318,14 +352,25 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     fn trapped(&mut self, exit: DebugExit, entry: &Entry, mode: RunMode) {
-        let (guest_tf, guest_dr7) = self.cpu.guest_debug_state().unwrap_or((false, 0));
-        let causes = classify(exit, &self.image, entry.expect, guest_tf, guest_dr7);
-        let Causes { step, hits, guest_db, guest_bp } = causes;
+        let mut view = self.guest.view(&mut self.cpu, exit.pc);
+        let causes = classify(exit, &self.image, &entry.armed, entry.stepping, &mut view);
+        let Causes { step, mut hits, guest_db, guest_bp, access, pass, wanted, idle } = causes;
+        self.guest.heard(wanted, idle);
+        if access {
+            return self.access(exit.pc, entry, mode);
+        }
         if let Some(causes) = guest_db {
-            self.reflect(|cpu| cpu.reflect_db(causes));
+            self.owe(causes, exit.pc, mode);
         }
         if guest_bp {
             self.reflect(|cpu| cpu.reflect_bp());
+        }
+        if pass {
+            self.guest.pass(Some(exit.pc));
+        }
+        if self.comes_back(&hits, exit.pc) {
+            self.told = Some(Told { pc: exit.pc, crossing: true });
+            hits.clear();
         }
         if hits.is_empty() {
             // Who steps over a breakpoint steps over all iterations: they are one crossing.
@@ -381,14 +426,8 @@ impl<C: Cpu> VcpuThread<C> {
         handler.call(&mut Hit { owner, request, vcpu, pc, state: &mut HitState(&mut self.cpu) })
     }
 
-    fn reflect(&mut self, inject: impl FnOnce(&mut C) -> io::Result<()>) {
-        self.armed = None;
-        if let Err(error) = inject(&mut self.cpu) {
-            tracing::warn!(vcpu = self.id.0, %error, "the guest's own debug exception could not be delivered");
-        }
-    }
-
     fn end_step(&mut self) {
+        self.guest.pass(None);
         if let Some(stepped) = self.stepped.take() {
             stepped.end(&mut self.cpu);
             self.armed = None;

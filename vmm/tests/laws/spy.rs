@@ -5,8 +5,8 @@ use std::io;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-use trapline_vmm::debug::Dr6;
-use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Registers};
+use trapline_vmm::debug::{Dr6, GuestRegisters};
+use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Raised, Registers};
 
 use crate::clock::{Monitor, PATIENCE};
 
@@ -246,6 +246,32 @@ impl Cpu for Spied {
     fn guest_debug_state(&mut self) -> io::Result<(bool, u64)> {
         self.spy.visit();
         self.cpu.guest_debug_state()
+    }
+
+    fn guest_registers(&mut self) -> io::Result<GuestRegisters> {
+        self.spy.visit();
+        self.cpu.guest_registers()
+    }
+
+    fn rflags(&mut self) -> io::Result<u64> {
+        self.spy.visit();
+        self.cpu.rflags()
+    }
+
+    fn raise(&mut self, event: Raised, len: u64) -> io::Result<()> {
+        self.spy.visit();
+        self.spy.0.change(|notes| notes.reflected += 1);
+        self.cpu.raise(event, len)
+    }
+
+    fn end_shadow(&mut self) -> io::Result<()> {
+        self.spy.visit();
+        self.cpu.end_shadow()
+    }
+
+    fn kick_itself(&mut self, often: bool) -> io::Result<()> {
+        self.spy.visit();
+        self.cpu.kick_itself(often)
     }
 
     fn resumed(&mut self) {
