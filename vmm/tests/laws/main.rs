@@ -11,6 +11,7 @@
 mod arming;
 mod booted;
 mod clock;
+mod guest;
 mod lane;
 mod law;
 mod lifecycle;
@@ -45,6 +46,7 @@ fn all() -> Vec<Law> {
         update::laws(),
         once::laws(),
         stop_all::laws(),
+        guest::laws(),
         traps::laws(),
         step::laws(),
         lifecycle::laws(),
