@@ -238,7 +238,7 @@ impl Session {
     fn end(&mut self, outcome: Outcome) -> anyhow::Result<()> {
         self.vm.kill();
         if let Some(stub) = &mut self.stub {
-            let stop = Stop { vcpu: VcpuId(0), reason: StopReason::Ended(Ending::Killed) };
+            let stop = Stop::new(VcpuId(0), StopReason::Ended(Ending::Killed));
             stub.stopped(stop, &mut self.vm)?;
         }
         self.outcome = Some(Ok(outcome));

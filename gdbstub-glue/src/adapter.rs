@@ -94,7 +94,7 @@ impl View {
 
 impl<D: Debuggee> Adapter<D> {
     pub(crate) fn new(debuggee: D) -> Self {
-        let stop = Stop { vcpu: VcpuId(0), reason: StopReason::Interrupted };
+        let stop = Stop::new(VcpuId(0), StopReason::Interrupted);
         Self { debuggee, view: View::new(stop) }
     }
 

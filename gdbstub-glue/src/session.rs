@@ -239,7 +239,7 @@ impl<D: Debuggee> Session<D> {
             return self.report(stop, target);
         }
         if std::mem::take(&mut self.interrupt) {
-            let stop = Stop { vcpu: target.view.selected, reason: StopReason::Interrupted };
+            let stop = Stop::new(target.view.selected, StopReason::Interrupted);
             return self.report(stop, target);
         }
         if let Err(error) = self.engine.serve(packet, target) {

@@ -44,7 +44,7 @@ enum Cause {
 pub(crate) fn stop_reply(stop: &Stop, software: bool, offer: Offer, registers: Option<&Registers>) -> Vec<u8> {
     let (signal, cause) = match &stop.reason {
         StopReason::Breakpoint(request) => (Signal::Trap, Cause::Breakpoint(*request)),
-        StopReason::Watchpoint { request, addr } => {
+        StopReason::Watchpoint { request, addr, .. } => {
             // gdb takes any address in the watched range for the right one.
             let inside = addr.checked_sub(request.addr).is_some_and(|offset| offset < request.len);
             (Signal::Trap, Cause::Watch(request.on, if inside { *addr } else { request.addr }))
@@ -83,7 +83,7 @@ pub(crate) fn stop_reply(stop: &Stop, software: bool, offer: Offer, registers: O
 
 /// The reply to `?` right after attaching: being interrupted by the attach is no signal.
 pub(crate) fn attach_reply(stop: &Stop, offer: Offer, registers: Option<&Registers>) -> Vec<u8> {
-    let quiet = Stop { vcpu: stop.vcpu, reason: StopReason::Step };
+    let quiet = Stop::new(stop.vcpu, StopReason::Step);
     let stop = if stop.reason == StopReason::Interrupted { &quiet } else { stop };
     stop_reply(stop, false, offer, registers)
 }
@@ -153,7 +153,10 @@ pub(crate) fn summary(stop: &Stop) -> String {
     let vcpu = stop.vcpu;
     match &stop.reason {
         StopReason::Breakpoint(request) => format!("{vcpu}: {request}"),
-        StopReason::Watchpoint { request, addr } => format!("{vcpu}: {request}, by the slot at {addr:#x}"),
+        StopReason::Watchpoint { request, addr, stored: None } => {
+            format!("{vcpu}: {request}, by the slot at {addr:#x}")
+        }
+        StopReason::Watchpoint { request, stored: Some(stored), .. } => format!("{vcpu}: {request}, {stored}"),
         StopReason::Step => format!("{vcpu}: step"),
         StopReason::Interrupted => format!("{vcpu}: interrupted"),
         _ => words(stop).unwrap_or_default(),
@@ -172,18 +175,19 @@ pub(crate) fn console(line: &str) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use trapline_vmm::debug::VcpuId;
+    use trapline_vmm::debug::{Owner, VcpuId};
 
     const GDB: Offer = Offer { multiprocess: true, swbreak: true, hwbreak: true, error_message: false };
 
     fn reply(reason: StopReason) -> String {
-        let stop = Stop { vcpu: VcpuId(10), reason };
+        let stop = Stop::new(VcpuId(10), reason);
         String::from_utf8(stop_reply(&stop, false, GDB, None)).unwrap()
     }
 
     #[test]
     fn every_reason_has_its_reply() {
-        let watch = |on| StopReason::Watchpoint { request: Breakpoint::watch(0x1001, 15, on), addr: 0x1008 };
+        let watch =
+            |on| StopReason::Watchpoint { request: Breakpoint::watch(0x1001, 15, on), addr: 0x1008, stored: None };
         for (reason, expected) in [
             (StopReason::Breakpoint(Breakpoint::exec(0x1000)), "T05thread:p1.b;core:a;hwbreak:;"),
             (watch(Trigger::Write), "T05thread:p1.b;core:a;watch:1008;"),
@@ -210,13 +214,14 @@ mod tests {
     fn an_address_outside_the_range_becomes_its_start() {
         for addr in [0, 0xfff, 0x1008, u64::MAX] {
             let request = Breakpoint::watch(0x1000, 8, Trigger::Write);
-            assert!(reply(StopReason::Watchpoint { request, addr }).ends_with(";watch:1000;"));
+            assert!(reply(StopReason::Watchpoint { request, addr, stored: None }).ends_with(";watch:1000;"));
         }
     }
 
     #[test]
     fn a_client_is_told_what_it_understands() {
-        let stop = Stop { vcpu: VcpuId(0), reason: StopReason::Breakpoint(Breakpoint::exec(0)) };
+        let stop =
+            Stop { vcpu: VcpuId(0), reason: StopReason::Breakpoint(Breakpoint::exec(0)), owner: Some(Owner::GDB) };
         assert_eq!(stop_reply(&stop, true, GDB, None), b"T05thread:p1.1;core:0;swbreak:;");
         assert_eq!(stop_reply(&stop, true, Offer { swbreak: false, ..GDB }, None), b"T05thread:p1.1;core:0;hwbreak:;");
         assert_eq!(stop_reply(&stop, true, Offer::default(), None), b"T05thread:1;core:0;");
@@ -225,7 +230,7 @@ mod tests {
             stop_reply(&stop, false, Offer::default(), Some(&registers)),
             b"T05thread:1;core:0;06:0100000000000000;07:0200000000000000;10:2211000000000000;"
         );
-        let attached = Stop { vcpu: VcpuId(0), reason: StopReason::Interrupted };
+        let attached = Stop::new(VcpuId(0), StopReason::Interrupted);
         assert_eq!(attach_reply(&attached, GDB, None), b"T05thread:p1.1;core:0;");
     }
 }

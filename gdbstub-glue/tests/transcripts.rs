@@ -680,7 +680,7 @@ fn what_happens_is_said_in_words() {
 #[test]
 fn a_stop_out_of_turn_waits() {
     let mut talk = Conversation::attached();
-    let stop = trapline_vmm::debug::Stop { vcpu: VcpuId(3), reason: StopReason::GuestPanic };
+    let stop = trapline_vmm::debug::Stop::new(VcpuId(3), StopReason::GuestPanic);
     let outcome = talk.server.on_stop(stop, &mut talk.target).unwrap();
     assert_eq!(outcome, Outcome::Continue);
     assert_eq!(talk.replies(), [""; 0]);

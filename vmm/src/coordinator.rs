@@ -13,6 +13,9 @@
 //! only then *committed*; if one vCPU cannot follow, all get the old image back and the caller
 //! gets an error (laws 9, 10, 12). It works with the world stopped and with the guest running.
 //!
+//! A change that touches guest memory (a patch, a page that becomes read-only) is made on the
+//! [`Ground`] between two images, with every vCPU parked for as long as it takes.
+//!
 //! All waits are bounded. A vCPU that does not answer in time is named in the error, and
 //! because commands are obeyed in order, the undoing commands that were queued behind the one it
 //! missed put it right once it wakes (law 18).
@@ -21,10 +24,11 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::debug::{
-    Breakpoint, BreakpointError, DebugImage, Ending, Handler, Level, Notice, Owner, Prepared, ResumePlan, RunMode,
-    SlotTable, Stop, StopReason, VcpuId,
+    Breakpoint, BreakpointError, Change, DebugImage, Ending, Handler, INT3, Level, Mechanism, Notice, Offer, Owner,
+    Piece, Place, Prepared, ResumePlan, RunMode, SlotTable, Stop, StopReason, VcpuId,
 };
-use crate::limits::{ACK_DEADLINE, KICK_INTERVAL};
+use crate::ground::{Ground, NoGround};
+use crate::limits::{ACK_DEADLINE, KICK_INTERVAL, MAX_WATCHED};
 use crate::sync::{Arc, Deadline, Missed, mpsc, thread};
 use crate::vcpu::protocol::{Answer, Command, Event, Message, Reply, Request};
 use crate::vcpu::thread::VcpuThread;
@@ -92,6 +96,7 @@ pub struct Coordinator {
     messages: mpsc::Receiver<Message>,
     table: SlotTable,
     image: Arc<DebugImage>,
+    ground: Box<dyn Ground>,
     world: World,
     /// Stops that happened and were not told yet, oldest first (law 14).
     pending: VecDeque<Stop>,
@@ -139,12 +144,19 @@ impl Coordinator {
             messages,
             table: SlotTable::default(),
             image: Arc::default(),
+            ground: Box::new(NoGround),
             world: World::Stopped,
             pending: VecDeque::new(),
             ending: None,
             notices: Vec::new(),
             seq: 0,
         })
+    }
+
+    /// Serves requests in guest memory, too, by what `offer` says.
+    pub fn use_ground(&mut self, ground: Box<dyn Ground>, offer: Offer) {
+        self.ground = ground;
+        self.table.set_offer(offer);
     }
 
     /// Number of vCPUs.
@@ -188,16 +200,77 @@ impl Coordinator {
         request: Breakpoint,
         handler: Option<Handler>,
     ) -> Result<(), BreakpointError> {
-        match self.table.prepare_set(owner, request, handler)? {
+        self.set_traps(owner, vec![(request, handler)])
+    }
+
+    /// Arms all of `requests` on every vCPU, or none of them anywhere: thousands are one change.
+    pub fn set_traps(
+        &mut self,
+        owner: Owner,
+        requests: Vec<(Breakpoint, Option<Handler>)>,
+    ) -> Result<(), BreakpointError> {
+        let places = self.locate(&requests);
+        let changes: Vec<Change> = requests
+            .into_iter()
+            .zip(places)
+            .map(|((request, handler), place)| Change::Set { owner, request, handler, place })
+            .collect();
+        self.change(&changes)
+    }
+
+    /// Disarms all of `requests` on every vCPU, or none of them anywhere.
+    pub fn clear_traps(&mut self, owner: Owner, requests: &[Breakpoint]) -> Result<(), BreakpointError> {
+        let changes: Vec<Change> = requests.iter().map(|&request| Change::Clear { owner, request }).collect();
+        self.change(&changes)
+    }
+
+    fn change(&mut self, changes: &[Change]) -> Result<(), BreakpointError> {
+        match self.table.prepare(changes)? {
             Some(prepared) => self.apply(prepared),
             None => Ok(()),
         }
     }
 
+    /// What serves `request` of `owner`; `None` if it waits for slots, or is not held.
+    pub fn mechanism(&self, owner: Owner, request: Breakpoint) -> Option<Mechanism> {
+        self.table.mechanism(owner, request)
+    }
+
+    /// Where each request lies in guest memory, as far as that may matter: by the page tables of
+    /// the first vCPU that maps all of it.
+    fn locate(&mut self, requests: &[(Breakpoint, Option<Handler>)]) -> Vec<Option<Place>> {
+        let mut places = vec![None; requests.len()];
+        for n in 0..self.vcpus.len() as u32 {
+            let open: Vec<usize> = (0..requests.len())
+                .filter(|&i| places[i].is_none() && self.table.wants_place(requests[i].0))
+                .filter(|&i| requests[i].0.len <= MAX_WATCHED)
+                .collect();
+            if open.is_empty() || self.ended().is_some() {
+                break;
+            }
+            let ranges = open.iter().map(|&i| (requests[i].0.addr, requests[i].0.len)).collect();
+            if let Ok(Reply::Located(found)) = self.ask(VcpuId(n), Request::Locate(ranges)) {
+                for (i, pieces) in open.into_iter().zip(found) {
+                    places[i] = pieces.and_then(|pieces| self.place(pieces));
+                }
+            }
+        }
+        places
+    }
+
+    /// The place that has these pieces, if all of them are RAM.
+    fn place(&self, pieces: Vec<Piece>) -> Option<Place> {
+        let mut byte = [0];
+        let there = pieces.iter().all(|piece| self.ground.read(piece.gpa, &mut byte) == 1);
+        let first = pieces.first().filter(|_| there)?.gpa;
+        self.ground.read(first, &mut byte);
+        let original = self.image.patch_at(first).map_or(byte[0], |patch| patch.original);
+        Some(Place { pieces, original })
+    }
+
     /// Disarms `request` on every vCPU, or nowhere. A hit on it that nobody was told of is dropped.
     pub fn clear_breakpoint(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
-        let prepared = self.table.prepare_clear(owner, request)?;
-        self.apply(prepared)
+        self.clear_traps(owner, &[request])
     }
 
     /// Disarms everything that `level` holds.
@@ -213,13 +286,40 @@ impl Coordinator {
         std::mem::take(&mut self.notices)
     }
 
-    /// Install on all, image by image, then commit; or put back what was, on all.
+    /// Carries out a change everywhere, or nowhere.
     fn apply(&mut self, prepared: Prepared) -> Result<(), BreakpointError> {
+        if self.ended().is_some() {
+            return Err(BreakpointError::Apply(CoordinatorError::Ended.to_string()));
+        }
+        if prepared.images().iter().all(|image| image.has_memory_of(&self.image)) {
+            return self.carry_out(prepared);
+        }
+        self.quietly(|coordinator| coordinator.carry_out(prepared))
+    }
+
+    /// Does `work` with every vCPU parked. Those that ran go on as before.
+    fn quietly(&mut self, work: impl FnOnce(&mut Self) -> Result<(), BreakpointError>) -> Result<(), BreakpointError> {
+        if self.world != World::Running {
+            return work(self);
+        }
+        let parked = self.ask_all(&Request::Park).map_err(|error| BreakpointError::Apply(error.to_string()));
+        let result = parked.and_then(|()| work(self));
+        self.unpark();
+        result
+    }
+
+    /// Install on all, image by image, then commit; or put back what was, on all.
+    fn carry_out(&mut self, prepared: Prepared) -> Result<(), BreakpointError> {
         let mut newest = self.image.clone();
         for image in prepared.images() {
-            newest = Arc::new(image.clone());
+            let next = Arc::new(image.clone());
+            let changed = change_memory(&mut *self.ground, &newest, &next);
+            if let Err(error) = changed {
+                return Err(self.undo(&newest, next, error));
+            }
+            newest = next;
             if let Err(error) = self.ask_all(&Request::Install(newest.clone())) {
-                return Err(self.undo(&newest, &error));
+                return Err(self.undo(&newest, newest.clone(), error.to_string()));
             }
         }
         self.notices.extend_from_slice(prepared.notices());
@@ -228,17 +328,31 @@ impl Coordinator {
         Ok(())
     }
 
-    /// Puts back the image that is in force after `newest` could not be installed everywhere.
-    fn undo(&mut self, newest: &DebugImage, error: &CoordinatorError) -> BreakpointError {
-        self.table.skip_epoch(newest.epoch());
-        let mut why = error.to_string();
-        if let Err(undo) = self.ask_all(&Request::Install(self.image.clone()))
-            && undo != *error
+    /// Puts back the image that is in force. Guest memory is as `newest` has it, and images up to
+    /// `sent` may be installed somewhere.
+    fn undo(&mut self, newest: &DebugImage, sent: Arc<DebugImage>, error: String) -> BreakpointError {
+        self.table.skip_epoch(sent.epoch());
+        let mut why = error;
+        // Nothing is left to try where this fails: say what may be wrong now.
+        if let Err(undo) = change_memory(&mut *self.ground, newest, &self.image) {
+            why = format!("{why}; and then guest memory could not be put back: {undo}");
+        }
+        if let Err(undo) = self.ask_all(&Request::Install(self.image.clone())).map_err(|undo| undo.to_string())
+            && undo != why
         {
-            // Nothing is left to try: say which vCPU may disagree with the others.
             why = format!("{why}; and then {undo}");
         }
         BreakpointError::Apply(why)
+    }
+
+    /// Sends every vCPU that a Park has stopped on its way again. Queued behind a Park that was
+    /// missed, it undoes that. A vCPU that has parked itself stays: its stop is still to be told,
+    /// and there.
+    fn unpark(&mut self) {
+        for n in 0..self.vcpus.len() {
+            let seq = self.next_seq();
+            self.send(n, seq, Request::Unpark);
+        }
     }
 
     /// Stops the world, if it runs. What happened meanwhile is kept for [`take_stop`](Self::take_stop).
@@ -255,12 +369,7 @@ impl Coordinator {
                 Ok(())
             }
             Err(error) => {
-                for n in 0..self.vcpus.len() {
-                    // Queued behind the Park that was missed, so that it undoes it. A vCPU that
-                    // has parked itself stays: its stop is still to be told, and there.
-                    let seq = self.next_seq();
-                    self.send(n, seq, Request::Unpark);
-                }
+                self.unpark();
                 Err(error)
             }
         }
@@ -282,18 +391,25 @@ impl Coordinator {
         if let Some(stop) = self.take_pending(|vcpu| plan.mode(vcpu) != RunMode::Parked) {
             return Ok(Some(stop));
         }
+        self.start(plan, |_| false)?;
+        Ok(None)
+    }
+
+    /// Sends the vCPUs on their way. One that `waits` counts as running, and stays where it is
+    /// until its stop is told.
+    fn start(&mut self, plan: &ResumePlan, waits: impl Fn(VcpuId) -> bool) -> Result<(), CoordinatorError> {
         for n in 0..self.vcpus.len() {
             self.vcpus[n].mode = plan.mode(VcpuId(n as u32));
         }
         self.world = World::Running;
         self.registers.fill(None);
-        let requests: Vec<_> = self.vcpus.iter().map(|vcpu| Request::Resume(vcpu.mode)).collect();
+        let mode = |(n, vcpu): (usize, &VcpuHandle)| if waits(VcpuId(n as u32)) { RunMode::Parked } else { vcpu.mode };
+        let requests: Vec<_> = self.vcpus.iter().enumerate().map(mode).map(Request::Resume).collect();
         let resumed = self.ask_each(requests).into_iter().try_for_each(|answer| answer.map(|_| ()));
-        if let Err(error) = resumed {
+        resumed.or_else(|error| {
             self.stop()?;
-            return Err(error);
-        }
-        Ok(None)
+            Err(error)
+        })
     }
 
     /// Looks at what the vCPUs have said. `Some` is a stop: by then the whole world is parked.
@@ -311,11 +427,13 @@ impl Coordinator {
         if self.world != World::Running {
             return Ok(None);
         }
-        let stale: Vec<VcpuId> = self.drop_removed();
-        for vcpu in stale {
+        let mut went_on = Ok(());
+        for vcpu in self.drop_removed() {
             let mode = self.vcpus[vcpu.index()].mode;
-            self.ask(vcpu, Request::Resume(mode))?;
+            // One that does not answer keeps none of the others waiting.
+            went_on = went_on.and(self.ask(vcpu, Request::Resume(mode)).map(|_| ()));
         }
+        went_on?;
         if !self.pending.iter().any(|stop| self.was_resumed(stop.vcpu)) {
             return Ok(None);
         }
@@ -378,8 +496,9 @@ impl Coordinator {
         }
     }
 
-    /// Drops every stop that was not told and everything that `level` armed, and lets the guest
-    /// go on: what a client leaves behind is nothing (law 71).
+    /// Drops everything that `level` armed and every stop of it that was not told, and lets the
+    /// guest go on: what a client leaves behind is nothing (law 71). Stops of other levels, and what
+    /// the guest itself did, are still to be told; their vCPUs wait for that.
     pub fn release(&mut self, level: Level) -> Result<(), CoordinatorError> {
         self.stop()?;
         if let Err(error) = self.clear_level(level) {
@@ -387,28 +506,25 @@ impl Coordinator {
             // and whoever owns the run lets it go on.
             tracing::warn!(%error, "breakpoints that nobody owns any more could not be removed");
         }
-        let mut panics = Vec::new();
-        while let Some(stop) = self.pending.pop_front() {
-            self.untell(stop.vcpu);
-            // What the guest itself did cannot be dropped.
-            if let Some(ending) = ending_of(&stop.reason) {
-                self.ending = Some(ending);
-            } else if stop.reason == StopReason::GuestPanic {
-                panics.push(stop);
+        let is_left = |stop: &Stop| match stop.owner {
+            Some(owner) => owner.level != level,
+            None => ending_of(&stop.reason).is_some() || stop.reason == StopReason::GuestPanic,
+        };
+        let (left, dropped): (Vec<Stop>, Vec<Stop>) = self.pending.drain(..).partition(is_left);
+        let waits = |vcpu: VcpuId| left.iter().any(|stop| stop.vcpu == vcpu);
+        // Where no slot is left to step off, nobody is left to want a step either.
+        let nobody = self.image.is_empty();
+        let forget = |vcpu: &VcpuId| !waits(*vcpu) && (nobody || dropped.iter().any(|stop| stop.vcpu == *vcpu));
+        let forgetting: Vec<VcpuId> = (0..self.vcpus.len() as u32).map(VcpuId).filter(forget).collect();
+        forgetting.into_iter().for_each(|vcpu| self.untell(vcpu));
+        match self.ending.take() {
+            Some(ending) => _ = self.end(ending),
+            None if self.ended().is_none() => {
+                self.start(&ResumePlan::all(self.vcpus.len(), RunMode::Continue), waits)?;
             }
+            None => {}
         }
-        let vcpus = self.vcpus.len();
-        if self.image.is_empty() {
-            // No slot is left to step off, and whoever is gone wants no step either.
-            (0..vcpus as u32).for_each(|n| self.untell(VcpuId(n)));
-        }
-        if self.ended().is_none() {
-            self.resume(&ResumePlan::all(vcpus, RunMode::Continue))?;
-        }
-        // The guest can go on after this one, but whoever owns the run has yet to hear of it.
-        if self.world == World::Running {
-            self.pending.extend(panics);
-        }
+        self.pending.extend(left);
         Ok(())
     }
 
@@ -423,7 +539,7 @@ impl Coordinator {
         self.world = World::Over(ending.clone());
         self.pending.clear();
         self.quit();
-        Stop { vcpu: VcpuId(0), reason: StopReason::Ended(ending) }
+        Stop::new(VcpuId(0), StopReason::Ended(ending))
     }
 
     /// Ends every vCPU thread. One that does not answer is left behind, disarmed by nobody but
@@ -439,9 +555,7 @@ impl Coordinator {
     }
 
     fn queue(&mut self, event: Event) {
-        for reason in event.reasons {
-            self.pending.push_back(Stop { vcpu: event.vcpu, reason });
-        }
+        self.pending.extend(event.stops);
     }
 
     /// Takes the oldest pending stop of a vCPU that `may` be told about. Hits on what is gone
@@ -462,9 +576,9 @@ impl Coordinator {
 
     /// Drops the hits whose breakpoint is gone, and says which vCPUs have nothing left to tell.
     fn drop_removed(&mut self) -> Vec<VcpuId> {
-        let is_gone = |table: &SlotTable, stop: &Stop| match &stop.reason {
-            StopReason::Breakpoint(request) | StopReason::Watchpoint { request, .. } => {
-                !table.requests().any(|(_, held)| held == *request)
+        let is_gone = |table: &SlotTable, stop: &Stop| match (&stop.reason, stop.owner) {
+            (StopReason::Breakpoint(request) | StopReason::Watchpoint { request, .. }, Some(owner)) => {
+                table.mechanism(owner, *request).is_none()
             }
             _ => false,
         };
@@ -581,6 +695,41 @@ impl Drop for Coordinator {
     }
 }
 
+/// Makes guest memory as `to` has it, from what it is under `from`; on error it is as it was.
+fn change_memory(ground: &mut dyn Ground, from: &DebugImage, to: &DebugImage) -> Result<(), String> {
+    if to.has_memory_of(from) {
+        return Ok(());
+    }
+    let coming = to.patches().iter().filter(|patch| from.patch_at(patch.gpa).is_none());
+    let leaving = from.patches().iter().filter(|patch| to.patch_at(patch.gpa).is_none());
+    let changes: Vec<(u64, u8, u8)> = coming
+        .map(|patch| (patch.gpa, patch.original, INT3))
+        .chain(leaving.map(|patch| (patch.gpa, INT3, patch.original)))
+        .collect();
+    let mut done = 0;
+    let result = changes.iter().try_for_each(|&(gpa, was, is)| {
+        match ground.replace(gpa, was, is) {
+            Ok(true) => {}
+            // The guest has written its own code over the patch: that stays (law 56).
+            Ok(false) if was == INT3 => tracing::info!("the guest has overwritten the breakpoint at physical {gpa:#x}"),
+            Ok(false) => return Err(format!("the guest has just changed its code at physical {gpa:#x}; try again")),
+            Err(error) => return Err(format!("guest memory at {gpa:#x}: {error}")),
+        }
+        done += 1;
+        Ok(())
+    });
+    let result = result.and_then(|()| match from.pages() == to.pages() {
+        true => Ok(()),
+        false => ground.protect(&to.pages()).map_err(|error| format!("protecting pages of guest memory: {error}")),
+    });
+    if result.is_err() {
+        for &(gpa, was, is) in changes[..done].iter().rev() {
+            let _ = ground.replace(gpa, is, was);
+        }
+    }
+    result
+}
+
 /// What resuming after this stop leads to, if the guest cannot go on.
 fn ending_of(reason: &StopReason) -> Option<Ending> {
     match reason {
@@ -614,6 +763,7 @@ mod tests {
                             Reply::Registers(Box::new(Registers { rip: seq, ..Registers::default() }))
                         }
                         Request::ReadActivity => Reply::Activity(Activity::Runnable),
+                        Request::Locate(ranges) => Reply::Located(vec![None; ranges.len()]),
                         _ => Reply::Done,
                     });
                     say(&outbox, Answer { vcpu, seq, result });
@@ -632,6 +782,7 @@ mod tests {
             Ok(Reply::Done) => Ok(Reply::Done),
             Ok(Reply::Registers(registers)) => Ok(Reply::Registers(registers.clone())),
             Ok(Reply::Activity(activity)) => Ok(Reply::Activity(*activity)),
+            Ok(Reply::Located(found)) => Ok(Reply::Located(found.clone())),
             Err(error) => Err(error.clone()),
         };
         Answer { vcpu: answer.vcpu, seq: answer.seq, result }

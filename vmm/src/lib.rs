@@ -12,6 +12,7 @@ pub mod coordinator;
 pub mod cpuid;
 pub mod debug;
 pub mod devices;
+pub mod ground;
 pub mod limits;
 #[cfg_attr(feature = "shuttle", allow(dead_code))]
 mod machine;
@@ -19,7 +20,7 @@ pub mod memory;
 pub mod msrs;
 pub mod paging;
 #[cfg(not(feature = "shuttle"))]
-mod probe;
+pub mod probe;
 mod sync;
 pub mod vcpu;
 #[cfg(not(feature = "shuttle"))]

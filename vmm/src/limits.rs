@@ -13,6 +13,12 @@ pub const KICK_INTERVAL: Duration = Duration::from_millis(2);
 /// this much time of running, a vCPU looks.
 pub const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
+/// How long a guest of the probe may run; they have a few instructions each.
+pub const PROBE_RUN: Duration = Duration::from_secs(10);
+
+/// How long the probe's vCPU is kicked before it is given up.
+pub const PROBE_STUCK: Duration = Duration::from_secs(60);
+
 /// Most vCPUs of one machine. xAPIC ids (8 bits) and the tables sized by it are far from full at this number.
 pub const MAX_VCPUS: u32 = 64;
 
@@ -25,6 +31,9 @@ pub const GIB: u64 = 1 << 30;
 
 /// Size of a guest page, in bytes; guest memory is a multiple of it.
 pub const PAGE_SIZE: u64 = 4 * KIB;
+
+/// Most bytes of one watched range. Every page of it can cost a memory slot of KVM's.
+pub const MAX_WATCHED: u64 = 64 * MIB;
 
 /// Least guest memory, in bytes: the first MiB belongs to tables and firmware areas, an image needs some more.
 pub const MIN_MEMORY: u64 = 2 * MIB;

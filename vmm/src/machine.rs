@@ -145,7 +145,7 @@ impl Machine {
     }
 }
 
-fn new_vm(kvm: &Kvm) -> Result<VmFd, HostError> {
+pub(crate) fn new_vm(kvm: &Kvm) -> Result<VmFd, HostError> {
     let vm = setup("create a virtual machine", kvm.create_vm())?;
     setup("place its identity map", vm.set_identity_map_address(layout::KVM_IDENTITY_MAP))?;
     setup("place its TSS", vm.set_tss_address(layout::KVM_TSS as usize))?;

@@ -153,7 +153,8 @@ impl Vm {
     fn can_trigger(&self, request: Breakpoint) -> Result<(), BreakpointError> {
         if request.on.is_watch() {
             let unsupported = |why: String| BreakpointError::Unsupported { request, why };
-            if !probe::data_watch_fires().map_err(unsupported)? {
+            let host = probe::capabilities().map_err(|error| unsupported(error.to_string()))?;
+            if !host.can_watch_in_hardware() {
                 return Err(unsupported("this host's KVM accepts data watchpoints and never triggers them".to_owned()));
             }
         }
@@ -181,10 +182,10 @@ impl Vm {
     /// [`StopReason::Interrupted`] on the first vCPU that ran.
     pub fn stop(&mut self) -> Result<Stop, CoordinatorError> {
         if let Some(ending) = self.ended() {
-            return Ok(Stop { vcpu: VcpuId(0), reason: StopReason::Ended(ending.clone()) });
+            return Ok(Stop::new(VcpuId(0), StopReason::Ended(ending.clone())));
         }
         self.coordinator.stop()?;
-        let interrupted = Stop { vcpu: self.coordinator.first_resumed(), reason: StopReason::Interrupted };
+        let interrupted = Stop::new(self.coordinator.first_resumed(), StopReason::Interrupted);
         Ok(self.coordinator.take_stop().unwrap_or(interrupted))
     }
 

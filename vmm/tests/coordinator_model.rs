@@ -135,6 +135,10 @@ impl Cpu for ModelCpu {
         Ok(())
     }
 
+    fn translate(&mut self, _: u64) -> Option<u64> {
+        None
+    }
+
     fn read(&mut self, _: u64, _: &mut [u8]) -> usize {
         0
     }
@@ -378,7 +382,7 @@ fn l22_a_watchpoint_does_not_swallow_the_breakpoint_behind_its_access() {
         world.coordinator.set_breakpoint(Owner::GDB, exec).unwrap();
         for _ in 0..3 {
             assert_eq!(world.go(), None);
-            assert_eq!(world.wait().reason, StopReason::Watchpoint { request: watch, addr: WATCHED });
+            assert_eq!(world.wait().reason, StopReason::Watchpoint { request: watch, addr: WATCHED, stored: None });
             assert_eq!(world.go(), None);
             assert_eq!(world.wait().reason, StopReason::Breakpoint(exec));
         }
@@ -522,7 +526,11 @@ fn l18_a_vcpu_that_stopped_by_itself_stays_there_when_the_stop_of_the_world_fail
         let told = world.coordinator.take_stop();
         assert_eq!(
             told,
-            Some(Stop { vcpu: VcpuId(0), reason: StopReason::Watchpoint { request: watch, addr: WATCHED } })
+            Some(Stop {
+                vcpu: VcpuId(0),
+                reason: StopReason::Watchpoint { request: watch, addr: WATCHED, stored: None },
+                owner: Some(Owner::GDB)
+            })
         );
         assert_eq!(world.counts()[0], 1);
         assert_eq!(world.coordinator.take_stop(), None);
@@ -559,7 +567,7 @@ fn c8_parked_vcpus_do_not_run_under_scheduler_locking() {
         let plan = ResumePlan::all(2, RunMode::Parked).with(VcpuId(1), RunMode::Step);
         for n in 1..5 {
             assert_eq!(world.coordinator.resume(&plan).unwrap(), None);
-            assert_eq!(world.wait(), Stop { vcpu: VcpuId(1), reason: StopReason::Step });
+            assert_eq!(world.wait(), Stop::new(VcpuId(1), StopReason::Step));
             assert_eq!(world.probes[0].executed.load(Ordering::SeqCst), 0);
             assert_eq!(world.probes[1].executed.load(Ordering::SeqCst), n);
         }
@@ -587,7 +595,7 @@ fn c8_under_scheduler_locking_only_the_resumed_vcpu_is_told_of() {
                 Some(pending) => pending,
                 None => world.wait(),
             };
-            assert_eq!(stepped, Stop { vcpu: stop.vcpu, reason: StopReason::Step });
+            assert_eq!(stepped, Stop::new(stop.vcpu, StopReason::Step));
             world.coordinator.set_breakpoint(Owner::GDB, request).unwrap();
             stop = match world.go() {
                 Some(pending) => pending,
@@ -695,7 +703,7 @@ fn l71_release_does_not_drop_what_the_guest_itself_says() {
         world.probes[0].panics.store(true, Ordering::SeqCst);
         world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS + 1)).unwrap();
         assert_eq!(world.go(), None);
-        let panicked = Stop { vcpu: VcpuId(0), reason: StopReason::GuestPanic };
+        let panicked = Stop::new(VcpuId(0), StopReason::GuestPanic);
         // Told before the debugger goes, or else after.
         if world.wait() != panicked {
             world.coordinator.release(Level::Gdb).unwrap();

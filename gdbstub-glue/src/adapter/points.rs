@@ -110,9 +110,10 @@ impl View {
 fn errno(error: &BreakpointError) -> u8 {
     match error {
         BreakpointError::NoSlot { .. } => ENOSPC,
-        BreakpointError::Invalid { .. } | BreakpointError::Unsupported { .. } | BreakpointError::NotSet { .. } => {
-            EINVAL
-        }
+        BreakpointError::Invalid { .. }
+        | BreakpointError::Unsupported { .. }
+        | BreakpointError::NotMapped { .. }
+        | BreakpointError::NotSet { .. } => EINVAL,
         BreakpointError::Apply(_) => EIO,
     }
 }

@@ -105,7 +105,7 @@ impl Fake {
             ram,
             armed: Vec::new(),
             pending: VecDeque::new(),
-            last: Stop { vcpu: VcpuId(0), reason: StopReason::Interrupted },
+            last: Stop::new(VcpuId(0), StopReason::Interrupted),
             ended: None,
             seen: Arc::new(Mutex::new(Seen { running: true, ..seen })),
             failing_resume: None,
@@ -124,7 +124,7 @@ impl Fake {
 
     /// Makes something happen, as a guest would, on the next resumption or in the middle of a run.
     pub fn happens(&mut self, vcpu: u32, reason: StopReason) {
-        self.pending.push_back(Stop { vcpu: VcpuId(vcpu), reason });
+        self.pending.push_back(Stop::new(VcpuId(vcpu), reason));
     }
 
     pub fn set_activity(&mut self, vcpu: usize, activity: Activity) {
@@ -149,7 +149,7 @@ impl Fake {
                     continue;
                 }
                 if let Some(reason) = self.execute(vcpu, mode) {
-                    self.pending.push_back(Stop { vcpu: VcpuId(vcpu as u32), reason });
+                    self.pending.push_back(Stop::new(VcpuId(vcpu as u32), reason));
                 }
             }
             if let Some(stop) = self.next_pending() {
@@ -259,7 +259,7 @@ impl Fake {
             overlaps && matches!((b.on, write), (Trigger::Write, true) | (Trigger::Read | Trigger::Access, _))
         })?;
         // The slot's base: eight aligned bytes of the range.
-        Some(StopReason::Watchpoint { request, addr: (addr & !7).max(request.addr) })
+        Some(StopReason::Watchpoint { request, addr: (addr & !7).max(request.addr), stored: None })
     }
 
     /// How many slots this set of requests takes.
@@ -442,7 +442,7 @@ impl Debuggee for Fake {
             return Err(error(why));
         }
         if let Some(ending) = self.ended.clone() {
-            return Ok(Some(Stop { vcpu: self.last.vcpu, reason: StopReason::Ended(ending) }));
+            return Ok(Some(Stop::new(self.last.vcpu, StopReason::Ended(ending))));
         }
         self.seen.lock().unwrap().plans.push(plan.clone());
         if let Some(stop) = self.next_pending() {
@@ -463,7 +463,7 @@ impl Debuggee for Fake {
             if let Some(stop) = self.next_pending() {
                 return Ok(stop);
             }
-            self.last = Stop { vcpu: lowest.unwrap_or(VcpuId(0)), reason: StopReason::Interrupted };
+            self.last = Stop::new(lowest.unwrap_or(VcpuId(0)), StopReason::Interrupted);
         }
         Ok(self.last.clone())
     }

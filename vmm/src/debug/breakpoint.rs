@@ -120,6 +120,12 @@ pub enum BreakpointError {
         /// What the probe saw.
         why: String,
     },
+    /// It can be served only in guest memory, and has no place there.
+    #[error("{request} needs more than the hardware slots that are free, and its bytes are not mapped to RAM now")]
+    NotMapped {
+        /// What was asked for.
+        request: Breakpoint,
+    },
     /// The owner holds no such breakpoint.
     #[error("there is no {request} to remove")]
     NotSet {

@@ -1,6 +1,11 @@
-//! The immutable set of debug registers that is in force for one epoch.
+//! The immutable set of debug registers, patches and watched pages that is in force for one epoch.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::Arc;
 
 use super::{Breakpoint, Dr7, Handler, Level, Owner, SLOTS, SlotCondition, SlotLen};
+use crate::limits::PAGE_SIZE;
 
 /// Counts changes of the set. Epoch 0 is the empty image that every vCPU starts with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -37,7 +42,39 @@ impl Slot {
     }
 }
 
-/// What every vCPU installs: DR0-3, DR7, and what each slot means (law 2).
+/// An INT3 in guest memory, and everybody who wants it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Patch {
+    /// Guest-physical address of the byte.
+    pub gpa: u64,
+    /// What the guest has there.
+    pub original: u8,
+    /// The requests behind it, which may differ in their linear addresses. Never empty.
+    pub owners: Vec<SlotOwner>,
+}
+
+/// A piece of a watched range, in one page that is read-only because of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WatchedRange {
+    /// Guest-physical address of its first byte.
+    pub gpa: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Linear address of its first byte.
+    pub addr: u64,
+    /// The request that it is a piece of.
+    pub behind: SlotOwner,
+}
+
+impl WatchedRange {
+    /// Guest-physical addresses.
+    pub fn bytes(&self) -> Range<u64> {
+        self.gpa..self.gpa + self.len
+    }
+}
+
+/// What every vCPU installs: DR0-3, DR7, and what each slot means (law 2); and what stands in
+/// guest memory for the requests that the slots do not serve.
 ///
 /// DR7 is computed once, here, when the coordinator builds the image; a vCPU thread copies it.
 /// A slot's meaning never changes between two images that can be in force at one time (law 6).
@@ -46,6 +83,10 @@ pub struct DebugImage {
     epoch: Epoch,
     slots: [Option<Slot>; SLOTS],
     dr7: Dr7,
+    /// By address, no two at one.
+    patches: Arc<[Patch]>,
+    /// By address; they may overlap.
+    ranges: Arc<[WatchedRange]>,
 }
 
 impl DebugImage {
@@ -56,7 +97,16 @@ impl DebugImage {
             Some(slot) => dr7.enable(n, slot.condition, slot.len).unwrap_or(dr7),
             None => dr7,
         });
-        Self { epoch, slots, dr7 }
+        Self { epoch, slots, dr7, patches: Arc::default(), ranges: Arc::default() }
+    }
+
+    /// The same slots, with these in guest memory.
+    #[must_use]
+    pub fn with_memory(mut self, mut patches: Vec<Patch>, mut ranges: Vec<WatchedRange>) -> Self {
+        patches.sort_by_key(|patch| patch.gpa);
+        ranges.sort_by_key(|range| range.gpa);
+        (self.patches, self.ranges) = (patches.into(), ranges.into());
+        self
     }
 
     /// Which change of the set this is.
@@ -85,9 +135,44 @@ impl DebugImage {
         &self.slots
     }
 
-    /// Whether any slot is enabled.
+    /// Whether nothing is armed at all.
     pub fn is_empty(&self) -> bool {
-        self.dr7 == Dr7::NONE
+        self.dr7 == Dr7::NONE && self.patches.is_empty() && self.ranges.is_empty()
+    }
+
+    /// The patches, by address.
+    pub fn patches(&self) -> &[Patch] {
+        &self.patches
+    }
+
+    /// The patch at this guest-physical address.
+    pub fn patch_at(&self, gpa: u64) -> Option<&Patch> {
+        self.patches.binary_search_by_key(&gpa, |patch| patch.gpa).ok().map(|n| &self.patches[n])
+    }
+
+    /// The watched ranges, by address.
+    pub fn ranges(&self) -> &[WatchedRange] {
+        &self.ranges
+    }
+
+    /// The watched ranges that share a byte with `len` bytes from `gpa` on.
+    pub fn ranges_in(&self, gpa: u64, len: u64) -> impl Iterator<Item = &WatchedRange> {
+        // A range lies in one page, so none that begins a page or more before can reach here.
+        let first = self.ranges.partition_point(|range| range.gpa < gpa.saturating_sub(PAGE_SIZE - 1));
+        let end = gpa.saturating_add(len);
+        let near = self.ranges[first..].iter().take_while(move |range| range.gpa < end);
+        near.filter(move |range| range.bytes().end > gpa)
+    }
+
+    /// Whether guest memory is the same under both: patches at the same bytes, the same pages protected.
+    pub fn has_memory_of(&self, other: &DebugImage) -> bool {
+        self.patches.iter().map(|patch| patch.gpa).eq(other.patches.iter().map(|patch| patch.gpa))
+            && self.pages() == other.pages()
+    }
+
+    /// Addresses of the pages that must be read-only for the guest.
+    pub fn pages(&self) -> BTreeSet<u64> {
+        self.ranges.iter().map(|range| range.gpa & !(PAGE_SIZE - 1)).collect()
     }
 
     /// The execution slots whose address is `pc`, with their numbers.

@@ -1,4 +1,4 @@
-//! The slot table: which requests are in force and which slot serves each.
+//! The slot table: which requests are in force, and what serves each.
 //!
 //! The table is plain data with one owner. A change is *prepared* into new images; only when
 //! every vCPU has installed them is it *committed* (law 9). Until then the table is as it
@@ -6,13 +6,18 @@
 //!
 //! Who is served is derived afresh at every change (law 28: no counts that could go stale): from
 //! the highest level down, and within a level by age, each request gets its slots if they
-//! are there. So a request of a higher level evicts the youngest of a lower one, and what
+//! are there. One that does not is served in guest memory, where the host can do that ([`Offer`]):
+//! an execution breakpoint by a patch, a write watchpoint by read-only pages. What is left waits:
+//! so a request of a higher level evicts the youngest of a lower one, and what
 //! was evicted comes back by itself when there is room again. Either is told as a [`Notice`].
 
+use std::collections::BTreeMap;
+
 use super::{
-    Breakpoint, BreakpointError, DebugImage, Epoch, Handler, Level, Owner, SLOTS, Slot, SlotCondition, SlotLen,
-    SlotOwner, Trigger,
+    Breakpoint, BreakpointError, Change, DebugImage, Epoch, Handler, INT3, Level, Mechanism, Offer, Owner, Patch,
+    Piece, Place, SLOTS, Slot, SlotCondition, SlotLen, SlotOwner, Trigger, WatchedRange,
 };
+use crate::limits::MAX_WATCHED;
 
 /// An aligned piece of a request: what one slot can cover.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,8 +33,15 @@ struct Held {
     owner: Owner,
     request: Breakpoint,
     handler: Option<Handler>,
-    /// It has its slots. One that has not waits for them.
-    served: bool,
+    place: Option<Place>,
+    /// What serves it. One that nothing serves waits for slots.
+    served: Option<Mechanism>,
+}
+
+impl Held {
+    fn behind(&self) -> SlotOwner {
+        SlotOwner { owner: self.owner, request: self.request, handler: self.handler.clone() }
+    }
 }
 
 /// What a change did to a request that nobody asked about in it (law 27).
@@ -41,13 +53,20 @@ pub enum Notice {
     Restored(Owner, Breakpoint),
 }
 
-/// Requests and the slots that serve them.
-#[derive(Debug, Clone, Default)]
+/// Requests and what serves them.
+#[derive(Debug, Clone)]
 pub struct SlotTable {
     /// Oldest first.
     held: Vec<Held>,
     assigned: [Option<Chunk>; SLOTS],
     epoch: Epoch,
+    offer: Offer,
+}
+
+impl Default for SlotTable {
+    fn default() -> Self {
+        Self::new(Offer::SLOTS)
+    }
 }
 
 /// A change that can still fail to be applied. Dropping it leaves the table as it was.
@@ -74,9 +93,24 @@ impl Prepared {
 }
 
 impl SlotTable {
+    /// An empty table for a host that offers this.
+    pub fn new(offer: Offer) -> Self {
+        Self { held: Vec::new(), assigned: [None; SLOTS], epoch: Epoch::default(), offer }
+    }
+
+    /// What the host offers.
+    pub fn offer(&self) -> Offer {
+        self.offer
+    }
+
+    /// Changes what the host offers. It counts from the next change of the set on.
+    pub fn set_offer(&mut self, offer: Offer) {
+        self.offer = offer;
+    }
+
     /// The requests that are served.
     pub fn requests(&self) -> impl Iterator<Item = (Owner, Breakpoint)> {
-        self.held.iter().filter(|held| held.served).map(|held| (held.owner, held.request))
+        self.held.iter().filter(|held| held.served.is_some()).map(|held| (held.owner, held.request))
     }
 
     /// Whether `owner` holds `request`, served or waiting.
@@ -84,34 +118,62 @@ impl SlotTable {
         self.held.iter().any(|held| (held.owner, held.request) == (owner, request))
     }
 
-    /// Prepares `request` for `owner`. Asking for what the owner already holds gives `Ok(None)`:
-    /// there is nothing to do (RSP: inserting twice is harmless).
+    /// What serves `request` of `owner`; `None` if it waits, or is not held.
+    pub fn mechanism(&self, owner: Owner, request: Breakpoint) -> Option<Mechanism> {
+        self.held.iter().find(|held| (held.owner, held.request) == (owner, request)).and_then(|held| held.served)
+    }
+
+    /// Whether something of this kind may be served in guest memory, and so needs a [`Place`].
+    pub fn wants_place(&self, request: Breakpoint) -> bool {
+        by_patch(request, self.offer) || by_pages(request, self.offer)
+    }
+
+    /// Prepares all of `changes` as one. `Ok(None)`: there is nothing to do, because each sets what its
+    /// owner already holds (RSP: inserting twice is harmless).
     ///
     /// # Errors
-    /// If the request makes no sense in the debug registers, or if not enough slots are free or
-    /// held by lower levels only.
+    /// For the first change that makes no sense, that clears what is not held, or that nothing can
+    /// serve without taking it from an equal or higher level. Then none is carried out.
+    pub fn prepare(&self, changes: &[Change]) -> Result<Option<Prepared>, BreakpointError> {
+        let mut held = self.held.clone();
+        let mut set = Vec::new();
+        for change in changes {
+            let at = |held: &[Held], owner, request| held.iter().position(|h| (h.owner, h.request) == (owner, request));
+            match change.clone() {
+                Change::Set { owner, request, handler, place } => {
+                    check(request)?;
+                    if at(&held, owner, request).is_none() {
+                        held.push(Held { owner, request, handler, place, served: None });
+                        set.push((owner, request));
+                    }
+                }
+                Change::Clear { owner, request } => {
+                    let at = at(&held, owner, request).ok_or(BreakpointError::NotSet { request })?;
+                    held.remove(at);
+                    set.retain(|added| *added != (owner, request));
+                }
+            }
+        }
+        if set.is_empty() && held.len() == self.held.len() {
+            return Ok(None);
+        }
+        let prepared = self.change_to(held);
+        // Whoever asks now is served now; only those who were there before can come to wait.
+        let unserved = |h: &&Held| h.served.is_none() && set.contains(&(h.owner, h.request));
+        match prepared.after.held.iter().find(unserved) {
+            Some(refused) => Err(self.refusal(refused)),
+            None => Ok(Some(prepared)),
+        }
+    }
+
+    /// Prepares one request; as [`prepare`](Self::prepare).
     pub fn prepare_set(
         &self,
         owner: Owner,
         request: Breakpoint,
         handler: Option<Handler>,
     ) -> Result<Option<Prepared>, BreakpointError> {
-        if self.holds(owner, request) {
-            return Ok(None);
-        }
-        let chunks = split(request)?;
-        let mut held = self.held.clone();
-        held.push(Held { owner, request, handler, served: false });
-        let prepared = self.change_to(held);
-        if prepared.after.serves(owner, request) {
-            return Ok(Some(prepared));
-        }
-        // What equal and higher levels hold is not to be had.
-        let mut kept = self.held.clone();
-        kept.retain(|held| held.owner.level >= owner.level);
-        let taken = self.change_to(kept).after.assigned;
-        let needed = chunks.iter().filter(|chunk| !taken.contains(&Some(**chunk))).count();
-        Err(BreakpointError::NoSlot { request, needed, free: taken.iter().filter(|slot| slot.is_none()).count() })
+        self.prepare(&[Change::Set { owner, request, handler, place: None }])
     }
 
     /// Prepares the removal of `request` of `owner`.
@@ -119,12 +181,8 @@ impl SlotTable {
     /// # Errors
     /// If the owner does not hold it.
     pub fn prepare_clear(&self, owner: Owner, request: Breakpoint) -> Result<Prepared, BreakpointError> {
-        if !self.holds(owner, request) {
-            return Err(BreakpointError::NotSet { request });
-        }
-        let mut held = self.held.clone();
-        held.retain(|held| (held.owner, held.request) != (owner, request));
-        Ok(self.change_to(held))
+        let prepared = self.prepare(&[Change::Clear { owner, request }])?;
+        prepared.ok_or(BreakpointError::NotSet { request })
     }
 
     /// Prepares the removal of everything that `level` holds; `None` if it holds nothing.
@@ -132,6 +190,49 @@ impl SlotTable {
         let mut held = self.held.clone();
         held.retain(|held| held.owner.level != level);
         (held.len() < self.held.len()).then(|| self.change_to(held))
+    }
+
+    /// Prepares that the guest has other bytes under its patches: `(gpa, byte)` each (law 55).
+    /// `None` if no patch is there.
+    pub fn prepare_originals(&self, bytes: &[(u64, u8)]) -> Option<Prepared> {
+        let mut held = self.held.clone();
+        let mut changed = false;
+        for place in held.iter_mut().filter_map(|held| held.place.as_mut()) {
+            let Some(first) = place.pieces.first() else { continue };
+            if let Some(&(_, byte)) = bytes.iter().find(|(gpa, _)| *gpa == first.gpa) {
+                changed |= place.original != byte;
+                place.original = byte;
+            }
+        }
+        changed.then(|| self.change_to(held))
+    }
+
+    /// Why nothing can serve `refused`.
+    fn refusal(&self, refused: &Held) -> BreakpointError {
+        let Held { owner, request, .. } = *refused;
+        if request.on.is_watch() && !self.offer.data_slots && !by_pages(request, self.offer) {
+            let why = "this host's KVM accepts data watchpoints and never triggers them".to_owned();
+            return BreakpointError::Unsupported { request, why };
+        }
+        if self.wants_place(request) {
+            return match &refused.place {
+                Some(place) if place.original == INT3 && !request.on.is_watch() => BreakpointError::Invalid {
+                    request,
+                    why: "the guest has an INT3 of its own there, and the hardware slots are taken",
+                },
+                _ => BreakpointError::NotMapped { request },
+            };
+        }
+        let chunks = match split(request) {
+            Ok(chunks) => chunks,
+            Err(error) => return error,
+        };
+        // What equal and higher levels hold is not to be had.
+        let mut kept = self.held.clone();
+        kept.retain(|held| held.owner.level >= owner.level);
+        let taken = self.change_to(kept).after.assigned;
+        let needed = chunks.iter().filter(|chunk| !taken.contains(&Some(**chunk))).count();
+        BreakpointError::NoSlot { request, needed, free: taken.iter().filter(|slot| slot.is_none()).count() }
     }
 
     /// Makes a prepared change the table's own. Called once every vCPU has acknowledged its images.
@@ -144,13 +245,9 @@ impl SlotTable {
         self.epoch = self.epoch.max(used);
     }
 
-    fn serves(&self, owner: Owner, request: Breakpoint) -> bool {
-        self.requests().any(|served| served == (owner, request))
-    }
-
     /// Derives who is served and by which slots, once `held` is what is held.
     fn change_to(&self, mut held: Vec<Held>) -> Prepared {
-        let chunks = serve(&mut held);
+        let chunks = serve(&mut held, self.offer);
         // A chunk that stays keeps its slot; one that goes leaves it empty for an epoch.
         let kept = self.assigned.map(|slot| slot.filter(|chunk| chunks.contains(chunk)));
         let fresh: Vec<Chunk> = chunks.into_iter().filter(|chunk| !kept.contains(&Some(*chunk))).collect();
@@ -164,7 +261,7 @@ impl SlotTable {
             assigned[n] = Some(chunk);
         }
         let notices = self.notices(&held);
-        let mut after = SlotTable { held, assigned: kept, epoch: self.epoch };
+        let mut after = SlotTable { held, assigned: kept, epoch: self.epoch, offer: self.offer };
         let mut images = Vec::new();
         if changes_hands {
             images.push(after.next_image());
@@ -176,22 +273,27 @@ impl SlotTable {
 
     /// What becomes of those that are held before and after.
     fn notices(&self, after: &[Held]) -> Vec<Notice> {
-        let was_served = |now: &&Held| self.serves(now.owner, now.request);
-        let known = after.iter().filter(|now| self.holds(now.owner, now.request));
+        // Both lists are in the order of age, and a change only removes from the old and adds behind it.
+        let mut before = self.held.iter();
+        let known = after.iter().filter_map(|now| {
+            let then = before.find(|then| (then.owner, then.request) == (now.owner, now.request))?;
+            Some((then.served.is_some(), now))
+        });
         known
-            .filter(|now| was_served(now) != now.served)
-            .map(|now| match now.served {
-                true => Notice::Restored(now.owner, now.request),
-                false => Notice::Evicted(now.owner, now.request),
+            .filter(|(was_served, now)| *was_served != now.served.is_some())
+            .map(|(_, now)| match now.served {
+                Some(_) => Notice::Restored(now.owner, now.request),
+                None => Notice::Evicted(now.owner, now.request),
             })
             .collect()
     }
 
+    fn served_by(&self, mechanism: Mechanism) -> impl Iterator<Item = &Held> {
+        self.held.iter().filter(move |held| held.served == Some(mechanism))
+    }
+
     fn owners_of(&self, chunk: Chunk) -> Vec<SlotOwner> {
-        let behind = self.held.iter().filter(|held| held.served && wants(held.request, chunk));
-        behind
-            .map(|held| SlotOwner { owner: held.owner, request: held.request, handler: held.handler.clone() })
-            .collect()
+        self.served_by(Mechanism::Slots).filter(|held| wants(held.request, chunk)).map(Held::behind).collect()
     }
 
     fn next_image(&mut self) -> DebugImage {
@@ -204,24 +306,66 @@ impl SlotTable {
                 owners: self.owners_of(chunk),
             })
         });
-        DebugImage::new(self.epoch, slots)
+        DebugImage::new(self.epoch, slots).with_memory(self.patches(), self.ranges())
+    }
+
+    fn patches(&self) -> Vec<Patch> {
+        let mut patches: BTreeMap<u64, Patch> = BTreeMap::new();
+        for held in self.served_by(Mechanism::Patch) {
+            let Some(Place { pieces, original }) = &held.place else { continue };
+            let Some(&Piece { gpa, .. }) = pieces.first() else { continue };
+            let patch = patches.entry(gpa).or_insert_with(|| Patch { gpa, original: *original, owners: Vec::new() });
+            patch.owners.push(held.behind());
+        }
+        patches.into_values().collect()
+    }
+
+    fn ranges(&self) -> Vec<WatchedRange> {
+        let mut ranges = Vec::new();
+        for held in self.served_by(Mechanism::Pages) {
+            let mut addr = held.request.addr;
+            for &Piece { gpa, len } in held.place.iter().flat_map(|place| &place.pieces) {
+                ranges.push(WatchedRange { gpa, len, addr, behind: held.behind() });
+                addr = addr.wrapping_add(len);
+            }
+        }
+        ranges
     }
 }
 
-/// Marks who is served, from the highest level down and the oldest first, and gives the chunks
+/// Whether an execution breakpoint may be served by a patch.
+fn by_patch(request: Breakpoint, offer: Offer) -> bool {
+    request.on == Trigger::Execute && offer.patches
+}
+
+/// Whether a write watchpoint may be served by read-only pages: loads do not exit.
+fn by_pages(request: Breakpoint, offer: Offer) -> bool {
+    request.on == Trigger::Write && offer.pages
+}
+
+/// Says what serves each, from the highest level down and the oldest first, and gives the chunks
 /// that this takes: never more than there are slots.
-fn serve(held: &mut [Held]) -> Vec<Chunk> {
+fn serve(held: &mut [Held], offer: Offer) -> Vec<Chunk> {
     let mut order: Vec<usize> = (0..held.len()).collect();
     order.sort_by_key(|&n| std::cmp::Reverse(held[n].owner.level));
     let mut used: Vec<Chunk> = Vec::new();
     for n in order {
-        // What cannot be split was refused when it was asked for.
-        let chunks = split(held[n].request).unwrap_or_default();
-        let missing: Vec<Chunk> = chunks.into_iter().filter(|chunk| !used.contains(chunk)).collect();
-        held[n].served = used.len() + missing.len() <= SLOTS;
-        if held[n].served {
-            used.extend(missing);
-        }
+        let request = held[n].request;
+        let chunks = split(request).ok().filter(|_| offer.data_slots || !request.on.is_watch());
+        let missing: Option<Vec<Chunk>> =
+            chunks.map(|chunks| chunks.into_iter().filter(|chunk| !used.contains(chunk)).collect());
+        let place = held[n].place.as_ref();
+        held[n].served = match missing {
+            Some(missing) if used.len() + missing.len() <= SLOTS => {
+                used.extend(missing);
+                Some(Mechanism::Slots)
+            }
+            _ if by_patch(request, offer) && place.is_some_and(|place| place.original != INT3) => {
+                Some(Mechanism::Patch)
+            }
+            _ if by_pages(request, offer) && place.is_some() => Some(Mechanism::Pages),
+            _ => None,
+        };
     }
     used
 }
@@ -231,31 +375,40 @@ fn wants(request: Breakpoint, chunk: Chunk) -> bool {
     split(request).is_ok_and(|chunks| chunks.contains(&chunk))
 }
 
+/// What is wrong with a request, whatever is to serve it.
+fn check(request: Breakpoint) -> Result<(), BreakpointError> {
+    let invalid = |why| Err(BreakpointError::Invalid { request, why });
+    match request {
+        Breakpoint { on: Trigger::Execute, len, .. } if len != 1 => invalid("an execution breakpoint is one byte long"),
+        Breakpoint { len: 0, .. } => invalid("its length is zero"),
+        Breakpoint { addr, len, .. } if addr.checked_add(len - 1).is_none() => {
+            invalid("its range wraps around the end of the address space")
+        }
+        Breakpoint { len, .. } if len > MAX_WATCHED => invalid("it is longer than 64 MiB"),
+        _ => Ok(()),
+    }
+}
+
 /// Splits a request into the fewest aligned pieces of 1, 2, 4 or 8 bytes (law 62).
 ///
 /// Never widened: a slot that covered more than was asked for would report accesses that nobody
 /// asked about.
 fn split(request: Breakpoint) -> Result<Vec<Chunk>, BreakpointError> {
-    let invalid = |why| BreakpointError::Invalid { request, why };
+    check(request)?;
     let condition = match request.on {
-        Trigger::Execute if request.len != 1 => return Err(invalid("an execution breakpoint is one byte long")),
         Trigger::Execute => SlotCondition::Execute,
         Trigger::Write => SlotCondition::Write,
         Trigger::Read | Trigger::Access => SlotCondition::ReadWrite,
     };
-    if request.len == 0 {
-        return Err(invalid("its length is zero"));
-    }
-    let Some(last) = request.addr.checked_add(request.len - 1) else {
-        return Err(invalid("its range wraps around the end of the address space"));
-    };
+    let last = request.addr + (request.len - 1);
     let mut chunks = Vec::new();
     let mut addr = request.addr;
     loop {
         let len = SlotLen::longest_at(addr, (last - addr).saturating_add(1));
         chunks.push(Chunk { addr, len, condition });
         if chunks.len() > SLOTS {
-            return Err(invalid("it needs more than the four hardware slots; watch at most 32 aligned bytes"));
+            let why = "it needs more than the four hardware slots; watch at most 32 aligned bytes";
+            return Err(BreakpointError::Invalid { request, why });
         }
         // The last piece may end at the very top of the address space.
         match addr.checked_add(len.bytes()) {
@@ -382,7 +535,7 @@ mod tests {
         clear(&mut table, GDB, shared).unwrap();
         // Only the guest's own low level is left on that slot.
         set(&mut table, Owner::harness(1), wanted).unwrap();
-        assert!(!table.serves(guest, shared) && table.holds(guest, shared));
+        assert!(table.mechanism(guest, shared).is_none() && table.holds(guest, shared));
     }
 
     #[test]

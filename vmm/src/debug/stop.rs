@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::Breakpoint;
+use super::{Breakpoint, Owner};
 
 /// A vCPU by its index, which is also its APIC ID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -28,6 +28,35 @@ pub struct Stop {
     pub vcpu: VcpuId,
     /// What happened there.
     pub reason: StopReason,
+    /// Whose breakpoint it was; `None` if it was nobody's doing, or a step or an interrupt.
+    pub owner: Option<Owner>,
+}
+
+impl Stop {
+    /// A stop that belongs to no breakpoint.
+    pub const fn new(vcpu: VcpuId, reason: StopReason) -> Self {
+        Stop { vcpu, reason, owner: None }
+    }
+}
+
+/// The bytes of a watched range before and after a store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stored {
+    /// Linear address of the first byte that was stored and watched.
+    pub addr: u64,
+    /// What was there.
+    pub old: Vec<u8>,
+    /// What is there now.
+    pub new: Vec<u8>,
+}
+
+impl fmt::Display for Stored {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}:", self.addr)?;
+        self.old.iter().try_for_each(|byte| write!(f, " {byte:02x}"))?;
+        write!(f, " ->")?;
+        self.new.iter().try_for_each(|byte| write!(f, " {byte:02x}"))
+    }
 }
 
 /// What happened.
@@ -42,6 +71,8 @@ pub enum StopReason {
         request: Breakpoint,
         /// The slot's data address.
         addr: u64,
+        /// What was stored, where the access was seen and not only its address.
+        stored: Option<Stored>,
     },
     /// The single step is done.
     Step,

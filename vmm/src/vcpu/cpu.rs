@@ -4,7 +4,7 @@
 use std::io;
 
 use super::{Activity, Registers};
-use crate::debug::{Crash, DebugExit, Dr7, GuestRegisters, Overlay, SLOTS, StopReason};
+use crate::debug::{Crash, DebugExit, DebugImage, Dr7, GuestRegisters, Overlay, SLOTS, StopReason};
 
 /// Why guest code stopped running. Parsed once from `kvm_run`; everything after matches on this.
 #[derive(Debug)]
@@ -32,15 +32,19 @@ pub struct Arming {
     pub step: bool,
     /// Withhold interrupts, NMIs and SMIs (law 47).
     pub block_irq: bool,
+    /// INT3 exits: there are patches.
+    pub int3: bool,
 }
 
 impl Arming {
     /// Nothing armed at all.
-    pub const OFF: Arming = Arming { addresses: [0; SLOTS], dr7: Dr7::NONE, step: false, block_irq: false };
+    pub const OFF: Arming =
+        Arming { addresses: [0; SLOTS], dr7: Dr7::NONE, step: false, block_irq: false, int3: false };
 
-    /// These slots, for running on.
-    pub fn run(overlay: &Overlay) -> Self {
-        Arming { addresses: overlay.addresses(), dr7: overlay.dr7(), ..Arming::OFF }
+    /// These slots and the patches of the image, for running on.
+    pub fn run(image: &DebugImage, overlay: &Overlay) -> Self {
+        let int3 = !image.patches().is_empty();
+        Arming { addresses: overlay.addresses(), dr7: overlay.dr7(), int3, ..Arming::OFF }
     }
 }
 
@@ -104,6 +108,9 @@ pub trait Cpu {
 
     /// Carries out the HLT at RIP: the vCPU waits behind it for an interrupt.
     fn halt(&mut self) -> io::Result<()>;
+
+    /// Guest-physical address of a linear one; `None` if it is not mapped.
+    fn translate(&mut self, addr: u64) -> Option<u64>;
 
     /// Bytes at a linear address; how many could be read.
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize;

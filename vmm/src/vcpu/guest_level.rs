@@ -16,7 +16,8 @@ use std::io;
 use super::cpu::{Cpu, Raised};
 use super::dr_access::{Access, carry_out};
 use crate::debug::{
-    DebugImage, Epoch, GuestBreakpoint, GuestBreakpoints, GuestRegisters, GuestView, Overlay, Remembered, SlotCondition,
+    DebugImage, Epoch, GuestBreakpoint, GuestBreakpoints, GuestRegisters, GuestView, Overlay, Remembered, SLOTS,
+    SlotCondition,
 };
 
 /// RFLAGS.TF.
@@ -44,10 +45,11 @@ pub(crate) struct GuestLevel {
     pass: Option<u64>,
     /// Where the guest, stepping itself, stands on an instruction that may clear its TF.
     clears_tf: Option<u64>,
-    /// Where a breakpoint of the guest's was given to it after the crossing there was told.
-    returning: Option<u64>,
-    /// For which image it was last said that the guest lost a breakpoint.
-    said_lost: Option<Epoch>,
+    /// Where a crossing of ours was told last.
+    crossed: Option<u64>,
+    /// The guest's breakpoints that were said to have no slot, by its own numbers, and since which image.
+    said_lost: GuestBreakpoints,
+    said_for: Epoch,
 }
 
 impl GuestLevel {
@@ -91,7 +93,7 @@ impl GuestLevel {
 
     /// Copies of the guest's registers have hit.
     pub(crate) fn heard(&mut self, wanted: u8, idle: u8) {
-        for index in 0..crate::debug::SLOTS {
+        for index in 0..SLOTS {
             if (wanted | idle) & (1 << index) != 0 && !self.accesses_exit {
                 self.remembered.hit(index, wanted & (1 << index) != 0);
             }
@@ -127,16 +129,16 @@ impl GuestLevel {
         self.pass = pc;
     }
 
-    /// The guest gets its own fault at `pc`, where a crossing was told already: behind the
-    /// handler the guest comes back, and crosses nothing new.
-    pub(crate) fn comes_back_to(&mut self, pc: u64) {
-        self.returning = Some(pc);
+    /// A crossing at `pc` is told.
+    pub(crate) fn crosses(&mut self, pc: u64) {
+        self.crossed = Some(pc);
     }
 
-    /// Whether an execution slot of ours that matched at `pc` was told before the guest's handler
-    /// ran: RF says that it is on its way past it. Some KVM paths match regardless of RF (B1).
-    pub(crate) fn has_come_back<C: Cpu>(&mut self, cpu: &mut C, pc: u64) -> bool {
-        self.returning.take_if(|at| *at == pc).is_some() && cpu.rflags().is_ok_and(|rflags| rflags & RF != 0)
+    /// Whether an execution slot of ours that matched at `pc` was told already, and the guest
+    /// comes back there from a fault of the instruction, such as its own breakpoint on it. RF says
+    /// so; not every KVM heeds it (B1).
+    pub(crate) fn has_crossed<C: Cpu>(&mut self, cpu: &mut C, pc: u64) -> bool {
+        self.crossed.take_if(|at| *at == pc).is_some() && cpu.rflags().is_ok_and(|rflags| rflags & RF != 0)
     }
 
     /// Carries out an access to a debug register at `pc`, or raises in the guest what it raises.
@@ -167,15 +169,45 @@ impl GuestLevel {
         Ok(access == Access::Done)
     }
 
-    /// The guest's breakpoints that found no slot, once for each image.
-    pub(crate) fn newly_lost(&mut self, overlay: &Overlay, epoch: Epoch) -> Vec<GuestBreakpoint> {
-        if overlay.lost() == 0 || self.said_lost == Some(epoch) {
+    /// The guest's breakpoints that have just lost their slots, or have got them back (law 27).
+    ///
+    /// What is said is bounded by what the debugger does, and not by how often the guest writes
+    /// its registers: for each image a register is said to have lost at most once.
+    pub(crate) fn news(&mut self, overlay: &Overlay, epoch: Epoch) -> Vec<(GuestBreakpoint, Served)> {
+        let nothing_lost = overlay.lost() == 0 && self.said_lost == [None; SLOTS];
+        if nothing_lost {
             return Vec::new();
         }
-        self.said_lost = Some(epoch);
-        let lost = (0..crate::debug::SLOTS).filter(|index| overlay.lost() & (1 << index) != 0);
-        lost.filter_map(|index| self.remembered.breakpoints()[index]).collect()
+        let mut news = Vec::new();
+        let wanted = self.remembered.breakpoints();
+        for index in 0..SLOTS {
+            let is_lost = overlay.lost() & (1 << index) != 0;
+            match (self.said_lost[index], wanted[index]) {
+                (None, Some(lost)) if is_lost => {
+                    news.push((lost, Served::No));
+                    self.said_lost[index] = Some(lost);
+                }
+                (Some(said), now) if !is_lost && self.said_for != epoch => {
+                    if now == Some(said) {
+                        news.push((said, Served::Again));
+                    }
+                    self.said_lost[index] = None;
+                }
+                _ => {}
+            }
+        }
+        self.said_for = epoch;
+        news
     }
+}
+
+/// What has become of a breakpoint of the guest's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Served {
+    /// No slot is left for it.
+    No,
+    /// It has one again.
+    Again,
 }
 
 /// The guest's registers at one exit.

@@ -13,10 +13,10 @@ use std::time::Duration;
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
     KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP,
-    KVM_GUESTDBG_INJECT_DB, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_INTERNAL_ERROR_EMULATION,
-    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
-    KVM_VCPUEVENT_VALID_SHADOW, Msrs, kvm_dtable, kvm_guest_debug, kvm_guest_debug_arch, kvm_mp_state, kvm_msr_entry,
-    kvm_regs, kvm_run, kvm_segment, kvm_sregs,
+    KVM_GUESTDBG_INJECT_DB, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP,
+    KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_SHADOW, Msrs, kvm_dtable, kvm_guest_debug, kvm_guest_debug_arch,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::VcpuFd;
 use vm_memory::GuestMemoryMmap;
@@ -256,6 +256,9 @@ impl Cpu for KvmCpu {
         if arming.step {
             control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
         }
+        if arming.int3 {
+            control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_SW_BP;
+        }
         if arming.step && arming.block_irq {
             control |= KVM_GUESTDBG_BLOCKIRQ;
         }
@@ -308,6 +311,10 @@ impl Cpu for KvmCpu {
         // In the shadow of STI, as it usually is, no interrupt would ever wake it.
         self.end_shadow()?;
         Ok(self.fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_HALTED })?)
+    }
+
+    fn translate(&mut self, addr: u64) -> Option<u64> {
+        Some(self.paging().ok()?.translate(&self.memory, addr)?.gpa)
     }
 
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize {

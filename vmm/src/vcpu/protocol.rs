@@ -5,7 +5,7 @@
 //! channel, so that an event is always seen before the answer that was sent after it.
 
 use super::{Activity, Registers};
-use crate::debug::{DebugImage, Notice, RunMode, StopReason, VcpuId};
+use crate::debug::{DebugImage, Notice, Piece, RunMode, Stop, VcpuId};
 use crate::sync::Arc;
 
 /// From the coordinator to one vCPU thread.
@@ -30,6 +30,8 @@ pub(crate) enum Request {
     ReadRegisters,
     WriteRegisters(Box<Registers>),
     ReadActivity,
+    /// Translate each of these linear ranges, `(addr, len)`.
+    Locate(Vec<(u64, u64)>),
     /// Disarm everything and end the thread.
     Quit,
 }
@@ -54,11 +56,12 @@ pub(crate) enum Reply {
     Done,
     Registers(Box<Registers>),
     Activity(Activity),
+    /// For each range its pieces in guest-physical memory; `None` if not all of it is mapped.
+    Located(Vec<Option<Vec<Piece>>>),
 }
 
-/// A vCPU has parked itself for these reasons. Never empty.
+/// A vCPU has parked itself for these stops of its own. Never empty.
 #[derive(Debug)]
 pub(crate) struct Event {
-    pub(crate) vcpu: VcpuId,
-    pub(crate) reasons: Vec<StopReason>,
+    pub(crate) stops: Vec<Stop>,
 }

@@ -21,9 +21,10 @@ use super::guest_level::GuestLevel;
 use super::protocol::{Answer, Command, Event, Message, Reply, Request};
 use super::step::Stepped;
 use crate::debug::{
-    Breakpoint, Causes, Crash, DebugExit, DebugImage, Disposition, GuestState, Hit, Level, Notice, Overlay, Owner,
-    RunMode, Slot, SlotCondition, SlotOwner, StopReason, Trigger, VcpuId, classify,
+    Breakpoint, Causes, Crash, DebugExit, DebugImage, Disposition, Dr7, GuestState, Hit, Level, Notice, Overlay, Owner,
+    Piece, RunMode, Slot, SlotCondition, SlotOwner, Stop, StopReason, Trigger, VcpuId, classify,
 };
+use crate::limits::PAGE_SIZE;
 use crate::sync::{Arc, mpsc};
 
 enum State {
@@ -175,6 +176,7 @@ impl<C: Cpu> VcpuThread<C> {
                 written.map(|()| Reply::Done)
             }
             Request::ReadActivity => self.cpu.activity().map(Reply::Activity),
+            Request::Locate(ranges) => Ok(Reply::Located(ranges.iter().map(|&range| self.locate(range)).collect())),
             Request::Quit => {
                 let quiet = self.cpu.kick_itself(false);
                 self.cpu.arm(&Arming::OFF).and(quiet).map(|()| Reply::Done)
@@ -182,6 +184,19 @@ impl<C: Cpu> VcpuThread<C> {
         };
         let result = result.map_err(|error| error.to_string());
         self.send(Message::Answer(Answer { vcpu: self.id, seq: command.seq, result }));
+    }
+
+    /// The pieces of a linear range in guest-physical memory, page by page.
+    fn locate(&mut self, (addr, len): (u64, u64)) -> Option<Vec<Piece>> {
+        let mut pieces = Vec::new();
+        let mut done = 0;
+        while done < len {
+            let at = addr.checked_add(done)?;
+            let piece = (PAGE_SIZE - at % PAGE_SIZE).min(len - done);
+            pieces.push(Piece { gpa: self.cpu.translate(at)?, len: piece });
+            done += piece;
+        }
+        Some(pieces)
     }
 
     /// The coordinator may be gone already; then nobody wants to hear.
@@ -193,12 +208,12 @@ impl<C: Cpu> VcpuThread<C> {
         // With nothing armed the guest's registers were nobody's business.
         self.guest.look(&mut self.cpu)?;
         let overlay = self.guest.overlay(&image, 0);
-        let arming = Arming::run(&overlay);
+        let arming = Arming::run(&image, &overlay);
         // On failure KVM has kept what it had, and so does this thread.
         self.cpu.arm(&arming)?;
         self.armed = Some(arming);
         self.image = image;
-        self.say_lost(&overlay);
+        self.tell_lost(&overlay);
         self.kick_itself_if_needed();
         Ok(())
     }
@@ -218,7 +233,7 @@ impl<C: Cpu> VcpuThread<C> {
         self.state = State::Parked;
         self.stepped = None;
         self.kick_itself_if_needed();
-        self.arm(Arming::run(&self.guest.overlay(&self.image, 0)))
+        self.arm(Arming::run(&self.image, &self.guest.overlay(&self.image, 0)))
     }
 
     /// Completes a served access. What surfaces meanwhile is an event of its own.
@@ -248,7 +263,7 @@ impl<C: Cpu> VcpuThread<C> {
             Ok(entry) => entry,
             Err(error) => {
                 let errno = error.raw_os_error().unwrap_or(0);
-                return self.stop(vec![StopReason::Crash(crate::debug::Crash::RunFailed { errno })]);
+                return self.stop(StopReason::Crash(crate::debug::Crash::RunFailed { errno }));
             }
         };
         if self.halts(&entry) {
@@ -272,8 +287,8 @@ impl<C: Cpu> VcpuThread<C> {
         let wants_step = mode != RunMode::Continue;
         if !wants_step && self.told.is_none() && self.guest.passes_at().is_none() {
             let armed = self.guest.overlay(&self.image, 0);
-            self.arm(Arming::run(&armed))?;
-            self.say_lost(&armed);
+            self.arm(Arming::run(&self.image, &armed))?;
+            self.tell_lost(&armed);
             return Ok(Entry { from: 0, stepping: false, armed });
         }
         let from = self.cpu.pc()?;
@@ -287,7 +302,7 @@ impl<C: Cpu> VcpuThread<C> {
         // Once it runs freely it may come back here, and that is news.
         self.told = told.filter(|_| stepping);
         let armed = self.guest.overlay(&self.image, suspended);
-        let mut arming = Arming::run(&armed);
+        let mut arming = Arming::run(&self.image, &armed);
         if stepping {
             if self.stepped.is_none() {
                 self.stepped = Some(Stepped::begin(&mut self.cpu, from)?);
@@ -329,11 +344,11 @@ impl<C: Cpu> VcpuThread<C> {
             Exit::Served(Some(reason)) => {
                 self.incomplete = true;
                 self.settle();
-                self.stop(vec![reason]);
+                self.stop(reason);
             }
             Exit::Debug(exit) => self.trapped(exit, entry, mode),
             Exit::Crash(Crash::EmulationFailure { bytes }) => self.cannot_emulate(bytes, mode),
-            Exit::Crash(crash) => self.stop(vec![StopReason::Crash(crash)]),
+            Exit::Crash(crash) => self.stop(StopReason::Crash(crash)),
         }
     }
 
@@ -387,6 +402,9 @@ impl<C: Cpu> VcpuThread<C> {
         let crossing = hits.iter().any(|(behind, _)| behind.request.on == Trigger::Execute);
         let gdb_knows = self.told.is_some_and(|told| told.pc == exit.pc);
         let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(exit.pc));
+        if crossing {
+            self.guest.crosses(exit.pc);
+        }
         if crossing || !goes_on {
             self.told = crossing.then_some(Told { pc: exit.pc, crossing });
         }
@@ -394,7 +412,7 @@ impl<C: Cpu> VcpuThread<C> {
             // The instruction is done too; the hit is the reason that is told.
             self.end_step();
         }
-        let mut reasons: Vec<StopReason> = Vec::new();
+        let mut stops: Vec<Stop> = Vec::new();
         for (behind, addr) in hits {
             let SlotOwner { owner, request, .. } = behind;
             // Whoever was stopped here by a step has seen this crossing; the others have not.
@@ -406,14 +424,12 @@ impl<C: Cpu> VcpuThread<C> {
             }
             let reason = match request.on {
                 Trigger::Execute => StopReason::Breakpoint(request),
-                _ => StopReason::Watchpoint { request, addr },
+                _ => StopReason::Watchpoint { request, addr, stored: None },
             };
-            if !reasons.contains(&reason) {
-                reasons.push(reason);
-            }
+            stops.push(Stop { vcpu: self.id, reason, owner: Some(owner) });
         }
-        if !reasons.is_empty() {
-            self.stop(reasons);
+        if !stops.is_empty() {
+            self.stop_for(stops);
         } else if step {
             self.tell_step(mode);
         }
@@ -450,17 +466,22 @@ impl<C: Cpu> VcpuThread<C> {
         };
         if stop {
             self.told = self.cpu.pc().ok().map(|pc| Told { pc, crossing: false });
-            self.stop(vec![StopReason::Step]);
+            self.stop(StopReason::Step);
         }
     }
 
-    /// Parks for reasons of its own, and then says so.
-    fn stop(&mut self, reasons: Vec<StopReason>) {
+    /// Parks for a reason that is no breakpoint's.
+    fn stop(&mut self, reason: StopReason) {
+        self.stop_for(vec![Stop::new(self.id, reason)]);
+    }
+
+    /// Parks for stops of its own, and then says so.
+    fn stop_for(&mut self, stops: Vec<Stop>) {
         if let Err(error) = self.park() {
             tracing::warn!(vcpu = self.id.0, %error, "parked, but its debug registers could not be put back");
         }
         self.parked_from = None;
-        self.send(Message::Event(Event { vcpu: self.id, reasons }));
+        self.send(Message::Event(Event { stops }));
         (self.notify)();
     }
 }

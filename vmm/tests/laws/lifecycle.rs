@@ -9,7 +9,7 @@ use crate::booted::{Booted, ap_start};
 use crate::clock::wait_for;
 use crate::lane::Need::{Kick, RealModeSlots};
 use crate::law::{Law, law};
-use crate::rig::{Begin, Rig, at, name};
+use crate::rig::{Begin, Rig, at, hit, name};
 
 /// Where the guests put the code that an AP begins with (guest-images/common/layout.h).
 const TRAMPOLINE: u64 = 0x8000;
@@ -35,7 +35,7 @@ fn l68_an_ap_stops_at_its_first_instruction_in_real_mode() {
     let mut guest = Booted::fixture(2, "hotmem", ApStart::Sipi);
     let bp = Breakpoint::exec(TRAMPOLINE);
     guest.set(bp);
-    assert_eq!(guest.run_all(), Stop { vcpu: VcpuId(1), reason: StopReason::Breakpoint(bp) });
+    assert_eq!(guest.run_all(), hit(1, bp));
     let registers = guest.registers(1);
     assert_eq!((registers.pc(), registers.rip, registers.cs.base), (TRAMPOLINE, 0, TRAMPOLINE));
     assert_eq!(registers.cr0 & 1, 0, "not in real mode");
@@ -43,7 +43,7 @@ fn l68_an_ap_stops_at_its_first_instruction_in_real_mode() {
     let step = guest.only(1, RunMode::Step);
     let mut steps = 0;
     while guest.registers(1).efer & 1 << 10 == 0 {
-        assert_eq!(guest.run(&step), Stop { vcpu: VcpuId(1), reason: StopReason::Step });
+        assert_eq!(guest.run(&step), Stop::new(VcpuId(1), StopReason::Step));
         steps += 1;
         assert!(steps < 1000, "at {:#x}", guest.registers(1).pc());
     }
@@ -56,7 +56,7 @@ fn l68_an_ap_that_is_armed_stops_where_the_guest_sends_it() {
     let mut guest = Booted::fixture(2, "hotmem", ap_start());
     let bp = Breakpoint::exec(guest.at("ap_start"));
     guest.set(bp);
-    assert_eq!(guest.run_all(), Stop { vcpu: VcpuId(1), reason: StopReason::Breakpoint(bp) });
+    assert_eq!(guest.run_all(), hit(1, bp));
     assert_eq!(guest.registers(1).pc(), bp.addr);
     guest.go();
     both_count(&mut guest);
@@ -318,7 +318,7 @@ fn memory_is_read_through_the_guests_own_page_tables() {
     assert_eq!(read(&mut guest, fixture::HOLE - 16, 64).len(), 16);
     assert_eq!(read(&mut guest, fixture::ALIAS + fixture::MEMORY - 8, 64).len(), 8);
     for nothing in [fixture::HOLE, fixture::MMIO, 0x2_0000_0000, 0x8000_0000_0000_0000, u64::MAX - 3] {
-        assert_eq!(read(&mut guest, nothing, 8), [], "at {nothing:#x}");
+        assert_eq!(read(&mut guest, nothing, 8), [0u8; 0], "at {nothing:#x}");
     }
     // Written through one window, seen through the others; over the edge nothing is written at all.
     assert!(guest.vm.write_memory(vcpu, fixture::ALIAS + fixture::SOURCE, b"trapline").unwrap());

@@ -8,7 +8,7 @@ use crate::clock::wait_for;
 use crate::lane::Flavour::Pvm;
 use crate::lane::Need::{DataWatch, ExecInRing3, Issue3On, Kick, SeveralHits};
 use crate::law::{Law, law};
-use crate::rig::{Begin, Rig, at, name};
+use crate::rig::{Begin, Rig, at, hit, name};
 
 pub(crate) fn laws() -> Vec<Law> {
     vec![
@@ -210,13 +210,13 @@ fn l13_a_vcpu_that_has_not_moved_is_not_told_of_again() {
     let only = [0, 1].map(|cpu| rig.only(cpu, RunMode::Continue));
     for round in 0..20 {
         rig.set(bp).unwrap();
-        assert_eq!(rig.run(&only[0]), Stop { vcpu: VcpuId(0), reason: StopReason::Breakpoint(bp) });
+        assert_eq!(rig.run(&only[0]), hit(0, bp));
         rig.clear(bp).unwrap();
         assert_eq!(rig.coordinator.resume(&only[1]).unwrap(), None);
         rig.interrupt();
         rig.set(bp).unwrap();
         let before = rig.field(0, cpu_field::HITS);
-        assert_eq!(rig.run(&only[0]), Stop { vcpu: VcpuId(0), reason: StopReason::Breakpoint(bp) });
+        assert_eq!(rig.run(&only[0]), hit(0, bp));
         assert_eq!(rig.field(0, cpu_field::HITS), before + 1, "round {round}: told twice of one crossing");
         rig.clear(bp).unwrap();
         // Off it, so that the next round begins with a crossing that nobody was told of.
@@ -232,8 +232,8 @@ fn l13_every_watched_store_is_told_exactly_once() {
     rig.set(watch).unwrap();
     for hit in 1..=100 {
         let stop = rig.run_all();
-        let reason = StopReason::Watchpoint { request: watch, addr: fixture::WATCH };
-        assert_eq!(stop, Stop { vcpu: VcpuId(0), reason }, "only CPU 0 stores there");
+        let reason = StopReason::Watchpoint { request: watch, addr: fixture::WATCH, stored: None };
+        assert_eq!(stop, Stop::new(VcpuId(0), reason), "only CPU 0 stores there");
         assert_eq!(name(rig.pc(0)), name(at("w_own_next")));
         // The store is done, the count behind it not yet.
         assert_eq!((rig.word(fixture::WATCH), rig.field(0, cpu_field::HITS)), (hit, hit - 1));
@@ -303,7 +303,7 @@ fn l13_a_watch_hit_within_a_rep_does_not_end_its_crossing() {
     rig.set(exec).unwrap();
     assert_eq!(rig.run_first(RunMode::Continue), StopReason::Breakpoint(exec));
     rig.set(watch).unwrap();
-    let hit = StopReason::Watchpoint { request: watch, addr: watch.addr };
+    let hit = StopReason::Watchpoint { request: watch, addr: watch.addr, stored: None };
     assert_eq!(rig.run_first(RunMode::Continue), hit);
     assert_eq!(rig.run_first(RunMode::Continue), StopReason::GuestExit(0));
 }
@@ -342,11 +342,11 @@ fn l14_a_stop_of_a_vcpu_that_stays_parked_waits() {
     let other = VcpuId(1 - first.0);
     let step = rig.only(first.0, RunMode::Step);
     for label in ["hotmem_bp2", "hotmem_bp3", "hotmem_bp"] {
-        assert_eq!(rig.run(&step), Stop { vcpu: first, reason: StopReason::Step });
+        assert_eq!(rig.run(&step), Stop::new(first, StopReason::Step));
         assert_eq!(name(rig.pc(first.0)), name(at(label)));
         assert_eq!(rig.field(other.0, cpu_field::HITS), 0, "the parked one ran");
     }
-    assert_eq!(rig.go(), Some(Stop { vcpu: other, reason: StopReason::Breakpoint(bp) }));
+    assert_eq!(rig.go(), Some(hit(other.0, bp)));
 }
 
 fn l14_a_stop_request_may_be_answered_by_a_hit() {
@@ -358,8 +358,7 @@ fn l14_a_stop_request_may_be_answered_by_a_hit() {
     rig.coordinator.stop().unwrap();
     let mut told: Vec<Stop> = std::iter::from_fn(|| rig.coordinator.take_stop()).collect();
     told.sort_by_key(|stop| stop.vcpu);
-    let hit = |cpu| Stop { vcpu: VcpuId(cpu), reason: StopReason::Breakpoint(bp) };
-    assert_eq!(told, [hit(0), hit(1)]);
+    assert_eq!(told, [hit(0, bp), hit(1, bp)]);
 }
 
 fn l20_two_slots_hit_by_one_store_are_both_told() {
@@ -374,7 +373,7 @@ fn l20_two_slots_hit_by_one_store_are_both_told() {
         let second = rig.run_first(RunMode::Continue);
         assert_eq!(rig.registers(0).r8, r8, "the guest ran");
         for (watch, reason) in watches.into_iter().zip([first, second]) {
-            assert_eq!(reason, StopReason::Watchpoint { request: watch, addr: fixture::WATCH });
+            assert_eq!(reason, StopReason::Watchpoint { request: watch, addr: fixture::WATCH, stored: None });
         }
     }
     assert_eq!(rig.run_first(RunMode::Continue), StopReason::GuestExit(0));

@@ -121,7 +121,7 @@ impl Rig {
     /// What every vCPU that does not step is to be armed with: the image in force, bit by bit.
     pub(crate) fn published(&self) -> Arming {
         let image = self.coordinator.image();
-        Arming { addresses: image.addresses(), dr7: image.dr7(), step: false, block_irq: false }
+        Arming { addresses: image.addresses(), dr7: image.dr7(), step: false, block_irq: false, int3: false }
     }
 
     /// All vCPUs in one mode.
@@ -268,6 +268,11 @@ impl Rig {
         let msi = kvm_msi { address_lo: 0xfee0_0000 | cpu << 12, data: vector.into(), ..Default::default() };
         assert_eq!(self.vm.signal_msi(msi).unwrap(), 1, "nobody took the interrupt");
     }
+}
+
+/// The stop of a vCPU at a breakpoint of gdb's.
+pub(crate) fn hit(cpu: u32, breakpoint: Breakpoint) -> Stop {
+    Stop { vcpu: VcpuId(cpu), reason: StopReason::Breakpoint(breakpoint), owner: Some(Owner::GDB) }
 }
 
 /// The address of a symbol of the fixture.

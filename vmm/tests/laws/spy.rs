@@ -221,6 +221,11 @@ impl Cpu for Spied {
         self.cpu.halt()
     }
 
+    fn translate(&mut self, addr: u64) -> Option<u64> {
+        self.spy.visit();
+        self.cpu.translate(addr)
+    }
+
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize {
         self.spy.visit();
         self.cpu.read(addr, into)

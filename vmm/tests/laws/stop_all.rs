@@ -13,7 +13,7 @@ use crate::booted::Booted;
 use crate::clock::wait_for;
 use crate::lane::Need::Kick;
 use crate::law::{Law, law};
-use crate::rig::{Begin, Rig, at, name};
+use crate::rig::{Begin, Rig, at, hit, name};
 
 pub(crate) fn laws() -> Vec<Law> {
     let mut laws = vec![
@@ -225,7 +225,7 @@ fn c5_all_are_parked_when_a_stop_is_told() {
     }
     rig.set(bp).unwrap();
     for _ in 0..50 {
-        assert_eq!(rig.run_all(), Stop { vcpu: VcpuId(2), reason: StopReason::Breakpoint(bp) });
+        assert_eq!(rig.run_all(), hit(2, bp));
         // A vCPU that runs answers no question about its registers; and it does not enter the guest again.
         let entries: Vec<u64> = rig.spies.iter().map(|spy| spy.look(|notes| notes.entries)).collect();
         for cpu in [0, 1, 3] {
@@ -319,12 +319,12 @@ fn c8_scheduler_locking_keeps_the_others_parked() {
         let pcs: Vec<u64> = (0..4).map(|cpu| demo.registers(cpu).pc()).collect();
         let step = demo.only(cpu, RunMode::Step);
         for _ in 0..50 {
-            assert_eq!(demo.run(&step), Stop { vcpu: VcpuId(cpu), reason: StopReason::Step });
+            assert_eq!(demo.run(&step), Stop::new(VcpuId(cpu), StopReason::Step));
         }
         demo.set(bp);
         let go = demo.only(cpu, RunMode::Continue);
         for _ in 0..5 {
-            assert_eq!(demo.run(&go), Stop { vcpu: VcpuId(cpu), reason: StopReason::Breakpoint(bp) });
+            assert_eq!(demo.run(&go), hit(cpu, bp));
         }
         demo.clear(bp);
         assert_eq!(others(&demo.counts(), cpu), others(&before, cpu));
@@ -343,7 +343,7 @@ fn c8_a_step_that_another_vcpus_stop_ends_leaves_nothing_behind() {
     rig.set(bp).unwrap();
     let plan = rig.plan(RunMode::Continue).with(VcpuId(0), RunMode::Step);
     for _ in 0..20 {
-        assert_eq!(rig.run(&plan), Stop { vcpu: VcpuId(1), reason: StopReason::Breakpoint(bp) });
+        assert_eq!(rig.run(&plan), hit(1, bp));
         let armed = rig.spies[0].armed();
         assert!(!armed.step && !armed.block_irq, "a step was left armed");
         assert_eq!(rig.registers(0).rflags & 0x100, 0, "TF was left set");
@@ -386,6 +386,6 @@ fn c9_an_interrupt_is_told_of_a_vcpu_that_ran() {
         let plan = demo.only(cpu, RunMode::Continue);
         assert_eq!(demo.vm.resume(&plan).unwrap(), None);
         let stop = demo.vm.stop().unwrap();
-        assert_eq!(stop, Stop { vcpu: VcpuId(cpu), reason: StopReason::Interrupted });
+        assert_eq!(stop, Stop::new(VcpuId(cpu), StopReason::Interrupted));
     }
 }

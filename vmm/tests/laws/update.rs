@@ -13,7 +13,7 @@ use crate::booted::Booted;
 use crate::clock::wait_for;
 use crate::lane::Need::{DataWatch, Kick};
 use crate::law::{Law, law};
-use crate::rig::{Begin, Rig, at, name};
+use crate::rig::{Begin, Rig, at, hit, name};
 
 pub(crate) fn laws() -> Vec<Law> {
     vec![
@@ -329,7 +329,7 @@ fn l18_a_vcpu_that_does_not_park_is_named_and_the_others_go_on() {
     wait_for("it to go on", || (hits(&rig, 1) > before[1]).then_some(()));
     rig.set(bp).unwrap();
     let mut told: Vec<u32> = vec![rig.wait().vcpu.0];
-    while let Some(Stop { vcpu, reason }) = rig.coordinator.take_stop() {
+    while let Some(Stop { vcpu, reason, .. }) = rig.coordinator.take_stop() {
         assert_eq!(reason, StopReason::Breakpoint(bp));
         told.push(vcpu.0);
     }
@@ -373,7 +373,7 @@ fn l19_a_vcpu_stops_at_its_very_first_instruction() {
     for cpu in [1, 0, 2] {
         let only = rig.only(cpu, RunMode::Continue);
         let stop = rig.run(&only);
-        assert_eq!(stop, Stop { vcpu: VcpuId(cpu), reason: StopReason::Breakpoint(bp) });
+        assert_eq!(stop, hit(cpu, bp));
         assert_eq!((rig.field(cpu, cpu_field::HITS), rig.registers(cpu).r8), (0, 0));
     }
 }
