@@ -14,9 +14,14 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent.parent
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", REPO / "target"))
 CACHE = Path(os.environ.get("TRAPLINE_CACHE_DIR", REPO / "target"))
-# Bounds against hanging, not expectations.
+# Bounds against hanging, not expectations: CI's machines may be several times slower than a developer's.
 START_TIMEOUT = 120
 COMMAND_TIMEOUT = 300
+GUEST_TIMEOUT = 300
+# What a slow machine may take to answer one packet. gdb's own two seconds lead to packets sent twice.
+REMOTE_TIMEOUT = 60
+# How long the threads are watched when a wait was in vain.
+WATCHED = 2.0
 
 
 class Guest:
@@ -55,6 +60,49 @@ class Guest:
     def console(self):
         return self.console_file.read_text(errors="replace") if self.console_file.exists() else ""
 
+    def wait_for(self, condition, what, most=GUEST_TIMEOUT):
+        """Waits for something that the guest does, and not longer than it can still do it."""
+        end = time.monotonic() + most
+        while not condition():
+            self.check_alive(what)
+            check(time.monotonic() < end, f"{what}: not within {most} s")
+            time.sleep(0.1)
+
+    def check_alive(self, what):
+        """Fails if the guest has ended or its kernel has given up."""
+        panic = re.search(r"Kernel panic.*", self.console())
+        check(not panic, f"{what}: the guest's kernel panicked: {panic and panic.group()}")
+        status = self.process.poll()
+        check(status is None, f"{what}: trapline has ended with status {status}: {self.lines[-3:]}")
+
+    def threads(self):
+        """What each thread of trapline did in two seconds: tells one that is stuck from one that is starved."""
+        before = self._tasks()
+        time.sleep(WATCHED)
+        text = f"machine: load {Path('/proc/loadavg').read_text().strip()}; in {WATCHED} s:"
+        for task, (name, state, inside, ran, waited, turns) in self._tasks().items():
+            then = before.get(task, (None, None, None, 0, 0, 0))
+            text += (f"\n  thread {name}: state {state}, in {inside}; ran {(ran - then[3]) / 1e6:.0f} ms, "
+                     f"waited for a CPU {(waited - then[4]) / 1e6:.0f} ms, {turns - then[5]} turns")
+        return text
+
+    def _tasks(self):
+        tasks = {}
+        for task in sorted(Path(f"/proc/{self.process.pid}/task").glob("*"), key=lambda path: int(path.name)):
+            try:
+                stat, inside = (task / "stat").read_text(), (task / "wchan").read_text()
+                name, state = re.fullmatch(r"\d+ \((.*)\) (\S) .*", stat, re.S).groups()
+                tasks[task.name] = (name, state, inside, *map(int, (task / "schedstat").read_text().split()))
+            except OSError:
+                pass  # it has ended meanwhile
+        return tasks
+
+    def end(self):
+        """Ends it, if it has not ended by itself."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
     def ended(self, most=60):
         """Waits for it to end by itself; its exit status, or None if it had to be killed."""
         try:
@@ -76,7 +124,8 @@ class Gdb:
                                         stderr=subprocess.STDOUT, bufsize=0)
         self.output = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
-        for setting in ("pagination off", "confirm off", "width 0", "prompt", "debuginfod enabled off"):
+        for setting in ("pagination off", "confirm off", "width 0", "prompt", "debuginfod enabled off",
+                        f"remotetimeout {REMOTE_TIMEOUT}"):
             self.run(f"set {setting}")
 
     def _read(self):
@@ -86,7 +135,10 @@ class Gdb:
 
     def type(self, command):
         """Types without waiting for anything."""
-        self.process.stdin.write(f"{command}\necho \\n{self.MARK}\\n\n".encode())
+        try:
+            self.process.stdin.write(f"{command}\necho \\n{self.MARK}\\n\n".encode())
+        except BrokenPipeError:
+            raise AssertionError(f"gdb has ended before '{command}'") from None
 
     def read(self, command, most=COMMAND_TIMEOUT):
         """Everything up to the next prompt after a command that was typed."""
@@ -124,6 +176,13 @@ class Gdb:
     def interrupt(self):
         """Ctrl-C."""
         self.process.send_signal(signal.SIGINT)
+
+    def run_until(self, condition, guest, what):
+        """Continues until the guest has done something, and then types Ctrl-C; what was printed."""
+        self.type("continue")
+        guest.wait_for(condition, what)
+        self.interrupt()
+        return self.read("continue")
 
     def run_for(self, seconds):
         """Continues, and types Ctrl-C after a while; what was printed, and how long Ctrl-C took."""

@@ -73,6 +73,7 @@ pub(crate) fn open_kvm() -> Result<Kvm, HostError> {
         (Cap::Debugregs, "access to debug registers"),
         (Cap::VcpuEvents, "access to vCPU events"),
         (Cap::MpState, "access to the MP state"),
+        (Cap::SyncRegs, "registers in the kvm_run page"),
         (Cap::ExtCpuid, "CPUID control"),
     ] {
         if !kvm.check_extension(cap) {

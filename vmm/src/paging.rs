@@ -4,12 +4,17 @@
 //! outside RAM is the same as one that is not present. Permissions are not checked: a debugger
 //! reads and patches what the guest could not.
 
+use std::ops::Range;
+
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::vcpu::Registers;
 
 const PRESENT: u64 = 1;
+const USER: u64 = 1 << 2;
+const ACCESSED: u64 = 1 << 5;
 const HUGE: u64 = 1 << 7;
+const NO_EXECUTE: u64 = 1 << 63;
 /// Bits 51:12, the widest physical address there is.
 const FRAME: u64 = 0x000f_ffff_ffff_f000;
 
@@ -18,6 +23,7 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PSE: u64 = 1 << 4;
 const CR4_PAE: u64 = 1 << 5;
 const CR4_LA57: u64 = 1 << 12;
+const CR4_SMEP: u64 = 1 << 20;
 const EFER_LMA: u64 = 1 << 10;
 
 /// What the walk needs to know of a vCPU.
@@ -57,10 +63,7 @@ impl Paging {
             return (gva >> 32 == 0).then(|| Mapping { gpa: gva, left: (1 << 32) - gva });
         }
         if self.efer & EFER_LMA != 0 {
-            let levels = if self.cr4 & CR4_LA57 != 0 { 5 } else { 4 };
-            let bits = 12 + 9 * levels;
-            let sign = (gva as i64) >> (bits - 1);
-            return (sign == 0 || sign == -1).then(|| walk_64(memory, self.cr3 & FRAME, gva, levels)).flatten();
+            return self.walk_long(memory, gva, |_, _| true);
         }
         if gva >> 32 != 0 {
             return None;
@@ -68,9 +71,21 @@ impl Paging {
         if self.cr4 & CR4_PAE != 0 {
             // Four page-directory pointers, 32-byte aligned; they have no huge form.
             let pointer = entry_64(memory, (self.cr3 & 0xffff_ffe0) + (gva >> 30) * 8)?;
-            return walk_64(memory, pointer & FRAME, gva & 0x3fff_ffff, 2);
+            return walk_64(memory, pointer & FRAME, gva & 0x3fff_ffff, 2, |_, _| true);
         }
         self.walk_32(memory, gva)
+    }
+
+    /// Whether linear addresses have 57 bits, not 48, in 64-bit mode.
+    pub fn is_wide(&self) -> bool {
+        self.cr4 & CR4_LA57 != 0
+    }
+
+    /// Four or five levels of eight-byte entries.
+    fn walk_long(&self, memory: &GuestMemoryMmap, gva: u64, allows: impl FnMut(u64, u32) -> bool) -> Option<Mapping> {
+        let levels = if self.is_wide() { 5 } else { 4 };
+        let sign = (gva as i64) >> (12 + 9 * levels - 1);
+        (sign == 0 || sign == -1).then(|| walk_64(memory, self.cr3 & FRAME, gva, levels, allows)).flatten()
     }
 
     /// Two levels of four-byte entries, with 4 MiB pages and PSE-36.
@@ -91,6 +106,31 @@ impl Paging {
         self.pieces(memory, gva, into.len(), |gpa, range| read_physical(memory, gpa, &mut into[range]))
     }
 
+    /// Reads what the processor would fetch from `gva` on in 64-bit mode, in ring 3 if `user`; how
+    /// many bytes. It ends where the fetch would fault, or would have to set an accessed bit first.
+    pub fn fetch(&self, memory: &GuestMemoryMmap, gva: u64, user: bool, into: &mut [u8]) -> usize {
+        self.pieces_by(
+            |at| self.fetchable(memory, at, user),
+            gva,
+            into.len(),
+            |gpa, range| read_physical(memory, gpa, &mut into[range]),
+        )
+    }
+
+    /// Translates `gva` for an instruction fetch (SDM vol. 3, 4.6.1).
+    fn fetchable(&self, memory: &GuestMemoryMmap, gva: u64, user: bool) -> Option<Mapping> {
+        let (mut all, mut any) = (u64::MAX, 0);
+        let mapping = self.walk_long(memory, gva, |entry, level| {
+            (all, any) = (all & entry, any | entry);
+            // Reserved: the size bit high up, and between a large page's PAT bit and its frame.
+            let huge = entry & HUGE != 0 && level > 0;
+            !(huge && (level > 2 || entry & ((1 << (12 + 9 * level)) - 1) & !0x1fff != 0))
+        })?;
+        let is_user = all & USER != 0;
+        let permitted = if user { is_user } else { !is_user || self.cr4 & CR4_SMEP == 0 };
+        (permitted && all & ACCESSED != 0 && any & NO_EXECUTE == 0).then_some(mapping)
+    }
+
     /// Writes all of `bytes` from `gva` on; whether it was done. If not, nothing was written.
     pub fn write(&self, memory: &GuestMemoryMmap, gva: u64, bytes: &[u8]) -> bool {
         let there = self.pieces(memory, gva, bytes.len(), |gpa, range| backed(memory, gpa, range.len()));
@@ -106,11 +146,22 @@ impl Paging {
         memory: &GuestMemoryMmap,
         gva: u64,
         len: usize,
-        mut each: impl FnMut(u64, std::ops::Range<usize>) -> usize,
+        each: impl FnMut(u64, Range<usize>) -> usize,
+    ) -> usize {
+        self.pieces_by(|at| self.translate(memory, at), gva, len, each)
+    }
+
+    /// As [`pieces`](Self::pieces), with a translation of the caller's.
+    fn pieces_by(
+        &self,
+        translate: impl Fn(u64) -> Option<Mapping>,
+        gva: u64,
+        len: usize,
+        mut each: impl FnMut(u64, Range<usize>) -> usize,
     ) -> usize {
         let mut done = 0;
         while done < len {
-            let Some(mapping) = gva.checked_add(done as u64).and_then(|at| self.translate(memory, at)) else { break };
+            let Some(mapping) = gva.checked_add(done as u64).and_then(&translate) else { break };
             let want = (len - done).min(usize::try_from(mapping.left).unwrap_or(usize::MAX));
             let got = each(mapping.gpa, done..done + want);
             done += got;
@@ -122,11 +173,18 @@ impl Paging {
     }
 }
 
-/// Walks `levels` levels of eight-byte entries.
-fn walk_64(memory: &GuestMemoryMmap, mut table: u64, gva: u64, levels: u32) -> Option<Mapping> {
+/// Walks `levels` levels of eight-byte entries. `allows` is asked about each entry and its level, 0
+/// for that of a 4 KiB page.
+fn walk_64(
+    memory: &GuestMemoryMmap,
+    mut table: u64,
+    gva: u64,
+    levels: u32,
+    mut allows: impl FnMut(u64, u32) -> bool,
+) -> Option<Mapping> {
     for level in (0..levels).rev() {
         let shift = 12 + 9 * level;
-        let entry = entry_64(memory, table + (gva >> shift & 0x1ff) * 8)?;
+        let entry = entry_64(memory, table + (gva >> shift & 0x1ff) * 8).filter(|entry| allows(*entry, level))?;
         let is_leaf = level == 0 || (level <= 2 && entry & HUGE != 0);
         if is_leaf {
             let size = 1u64 << shift;
@@ -218,6 +276,34 @@ mod tests {
         assert_eq!(paging.translate(&m, 0xffff_0000_0000_0042).map(|x| x.gpa), Some(0x9042));
         assert_eq!(paging.translate(&m, 0x00ff_0000_0000_0042), None);
         assert_eq!(paging.translate(&m, 0x0100_0000_0000_0000), None, "not canonical with 57 bits");
+    }
+
+    #[test]
+    fn what_the_processor_would_not_fetch_is_not_fetched() {
+        const CODE: u64 = 0x9000;
+        const FRAMES: [u64; 4] = [0x2000, 0x3000, 0x4000, CODE];
+        let fetched = |changed: usize, set: u64, clear: u64, paging: Paging, user: bool| {
+            let m = memory();
+            for (n, frame) in FRAMES.into_iter().enumerate() {
+                let entry = frame | PRESENT | USER | ACCESSED;
+                let entry = if n == changed { (entry | set) & !clear } else { entry };
+                put(&m, 0x1000 * (n as u64 + 1), entry);
+            }
+            paging.fetch(&m, 0xff8, user, &mut [0; 15])
+        };
+        let smep = Paging { cr4: CR4_PAE | CR4_SMEP, ..LONG };
+        for level in 0..4 {
+            assert_eq!(fetched(level, 0, 0, LONG, true), 8, "up to the end of what is mapped");
+            assert_eq!(fetched(level, 0, PRESENT, LONG, true), 0);
+            assert_eq!(fetched(level, 0, ACCESSED, LONG, true), 0);
+            assert_eq!(fetched(level, NO_EXECUTE, 0, LONG, true), 0);
+            assert_eq!(fetched(level, 0, USER, LONG, true), 0);
+            assert_eq!(fetched(level, 0, USER, LONG, false), 8);
+            assert_eq!(fetched(level, 0, 0, smep, false), 0, "ring 0 does not run ring 3's pages");
+            assert_eq!(fetched(level, 0, USER, smep, false), 8);
+        }
+        assert_eq!(fetched(0, HUGE, 0, LONG, true), 0, "reserved");
+        assert_eq!(fetched(2, HUGE, 0, LONG, true), 0, "reserved: a large page that is not aligned");
     }
 
     #[test]

@@ -127,6 +127,14 @@ impl Cpu for ModelCpu {
         Ok(())
     }
 
+    fn state(&mut self) -> io::Result<Registers> {
+        self.registers()
+    }
+
+    fn set_general(&mut self, registers: &Registers) -> io::Result<()> {
+        self.set_registers(registers)
+    }
+
     fn activity(&mut self) -> io::Result<Activity> {
         Ok(Activity::Runnable)
     }
@@ -155,16 +163,12 @@ impl Cpu for ModelCpu {
         panic!("the guest was given a #BP that is not its own");
     }
 
-    fn guest_debug_state(&mut self) -> io::Result<(bool, u64)> {
-        Ok((false, 0x400))
-    }
-
     fn guest_registers(&mut self) -> io::Result<GuestRegisters> {
         Ok(GuestRegisters { dr7: 0x400, ..GuestRegisters::default() })
     }
 
-    fn rflags(&mut self) -> io::Result<u64> {
-        Ok(2)
+    fn set_guest_registers(&mut self, _: &GuestRegisters) -> io::Result<()> {
+        panic!("the guest's debug registers were written");
     }
 
     fn raise(&mut self, event: Raised, _: u64) -> io::Result<()> {

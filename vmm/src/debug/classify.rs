@@ -14,6 +14,15 @@ pub struct DebugExit {
     pub dr6: u64,
 }
 
+/// What this vCPU was doing when it trapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Expectation {
+    /// A single step was armed.
+    pub stepping: bool,
+    /// It has come to where the step ends by a slot of the step's own.
+    pub arrived: bool,
+}
+
 /// What the guest's own registers say at the time of an exit. Asked only where a cause depends
 /// on it: each question may cost an ioctl.
 pub trait GuestView {
@@ -69,7 +78,7 @@ pub fn classify(
     exit: DebugExit,
     image: &DebugImage,
     armed: &Overlay,
-    stepping: bool,
+    expect: Expectation,
     guest: &mut impl GuestView,
 ) -> Causes {
     if exit.exception == 3 {
@@ -77,7 +86,7 @@ pub fn classify(
     }
     let dr6 = Dr6(exit.dr6);
     let mut causes = Causes {
-        step: stepping && dr6.single_step(),
+        step: expect.stepping && dr6.single_step(),
         access: dr6.causes() & Dr6::BD != 0 && !dr6.single_step(),
         ..Causes::default()
     };
@@ -85,7 +94,7 @@ pub fn classify(
     let mut traps = dr6.causes() & (Dr6::BT | Dr6::BLD | Dr6::RTM);
     let mut faults = 0;
     let mut pass = false;
-    if dr6.single_step() && !stepping && guest.single_steps() {
+    if dr6.single_step() && !expect.stepping && guest.single_steps() {
         traps |= Dr6::BS;
     }
     for n in (0..SLOTS).filter(|&n| dr6.hit(n)) {
@@ -123,6 +132,8 @@ pub fn classify(
         causes.hits = accesses;
     } else if !crossings.is_empty() {
         causes.hits = crossings;
+    } else if expect.arrived {
+        // Whoever stepped here is told; the guest's own faults again when it goes on.
     } else if faults != 0 {
         causes.guest_db = Some(faults);
     } else {
@@ -146,6 +157,25 @@ mod tests {
     use super::*;
     use crate::debug::{Breakpoint, GuestRegisters, Owner, SlotTable, Trigger};
     use proptest::prelude::*;
+
+    const FREE: Expectation = Expectation { stepping: false, arrived: false };
+
+    /// Must not be asked: each question may cost an ioctl.
+    struct Nobody;
+
+    impl GuestView for Nobody {
+        fn breakpoint(&mut self, _: usize) -> Option<GuestBreakpoint> {
+            panic!("asked for a breakpoint")
+        }
+
+        fn single_steps(&mut self) -> bool {
+            panic!("asked for TF")
+        }
+
+        fn resumes(&mut self) -> bool {
+            panic!("asked for RF")
+        }
+    }
 
     /// A guest whose registers are as they say.
     #[derive(Debug, Clone, Copy, Default)]
@@ -177,7 +207,7 @@ mod tests {
     /// What is armed for `image` and this guest, and what the exit means.
     fn split(exit: DebugExit, image: &DebugImage, stepping: bool, mut guest: Guest) -> Causes {
         let armed = Overlay::merge(image, 0, &guest.registers.breakpoints());
-        classify(exit, image, &armed, stepping, &mut guest)
+        classify(exit, image, &armed, Expectation { stepping, arrived: false }, &mut guest)
     }
 
     fn none() -> Guest {
@@ -278,9 +308,9 @@ mod tests {
         let far = image(&[Breakpoint::exec(0x50000)]);
         let armed = Overlay::merge(&far, 0, &[None; 4]);
         let mut since = guest([0, 0x1001, 0, 0], 0x408);
-        assert!(classify(db(0x1001, 0xffff_0ff2), &far, &armed, false, &mut since).is_spurious());
+        assert!(classify(db(0x1001, 0xffff_0ff2), &far, &armed, FREE, &mut since).is_spurious());
         // With the overlay off the guest's registers are the processor's.
-        let causes = classify(db(0x1001, 0xffff_0ff2), &far, &Overlay::OFF, false, &mut since);
+        let causes = classify(db(0x1001, 0xffff_0ff2), &far, &Overlay::OFF, FREE, &mut since);
         assert_eq!(causes.guest_db, Some(0b10));
     }
 
@@ -290,13 +320,13 @@ mod tests {
         let wanted = guest([0x1001, 0x30000, 0, 0], 0x0010_000a).registers.breakpoints();
         let armed = Overlay::merge(&far, 0, &wanted);
         let mut gone = guest([0x1001, 0x30000, 0, 0], 0x400);
-        let fault = classify(db(0x1001, 0xffff_0ff2), &far, &armed, false, &mut gone);
+        let fault = classify(db(0x1001, 0xffff_0ff2), &far, &armed, FREE, &mut gone);
         assert_eq!((fault.guest_db, fault.pass, fault.idle), (None, true, 0b01));
-        let trap = classify(db(0x1001, 0xffff_0ff4), &far, &armed, false, &mut gone);
+        let trap = classify(db(0x1001, 0xffff_0ff4), &far, &armed, FREE, &mut gone);
         assert_eq!((trap.guest_db, trap.pass, trap.idle), (None, false, 0b10));
         // It wants another address there now.
         let mut moved = guest([0x2000, 0x30008, 0, 0], 0x0010_000a);
-        assert_eq!(classify(db(0x1001, 0xffff_0ff6), &far, &armed, false, &mut moved).guest_db, None);
+        assert_eq!(classify(db(0x1001, 0xffff_0ff6), &far, &armed, FREE, &mut moved).guest_db, None);
     }
 
     #[test]
@@ -346,6 +376,19 @@ mod tests {
 
     proptest! {
         #[test]
+        fn the_guest_is_not_asked_where_only_ours_can_be_meant(
+            slots in 1u8..4, pc in prop::sample::select(vec![0x1000u64, 0x1001]), stepping: bool, bs: bool,
+            db in prop::array::uniform4(0xffe_u64..0x1004),
+        ) {
+            let image = image(&[Breakpoint::exec(0x1000), Breakpoint::watch(0x2000, 8, Trigger::Write)]);
+            // The guest has breakpoints of its own, in slots that are not hit.
+            let armed = Overlay::merge(&image, 0, &guest(db, 0xa0).registers.breakpoints());
+            prop_assume!((0..2).all(|n| armed.guest(n) == 0));
+            let dr6 = Dr6::RESET | u64::from(slots) | if stepping && bs { Dr6::BS } else { 0 };
+            classify(DebugExit { exception: 1, pc, dr6 }, &image, &armed, Expectation { stepping, arrived: false }, &mut Nobody);
+        }
+
+        #[test]
         fn l15_any_dr6_is_digested(
             (dr6, pc) in (any::<u64>(), 0xffe_u64..0x1004),
             stepping: bool,
@@ -358,7 +401,7 @@ mod tests {
             let armed = Overlay::merge(&image, suspended, &guest(db, armed_dr7).registers.breakpoints());
             let mut now = Guest { tf, rf, ..guest(db, dr7) };
             let exit = DebugExit { exception: 1, pc, dr6 };
-            let causes = classify(exit, &image, &armed, stepping, &mut now);
+            let causes = classify(exit, &image, &armed, Expectation { stepping, arrived: false }, &mut now);
             prop_assert!(causes.hits.len() <= 2);
             prop_assert!(stepping || !causes.step);
             // The guest is told of nothing that it does not want at this moment.

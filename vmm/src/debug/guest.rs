@@ -82,6 +82,8 @@ pub struct Overlay {
     addresses: [u64; SLOTS],
     dr7: Dr7,
     ours: u8,
+    /// Slots that a step has for itself, one bit each.
+    lent: u8,
     /// By physical slot: the guest's registers that it serves, one bit each.
     guest: [u8; SLOTS],
     /// What the guest's registers asked for when this was made.
@@ -92,8 +94,15 @@ pub struct Overlay {
 
 impl Overlay {
     /// Nothing of ours is armed: KVM gives the processor the guest's own registers.
-    pub const OFF: Overlay =
-        Overlay { addresses: [0; SLOTS], dr7: Dr7::NONE, ours: 0, guest: [0; SLOTS], wanted: [None; SLOTS], lost: 0 };
+    pub const OFF: Overlay = Overlay {
+        addresses: [0; SLOTS],
+        dr7: Dr7::NONE,
+        ours: 0,
+        lent: 0,
+        guest: [0; SLOTS],
+        wanted: [None; SLOTS],
+        lost: 0,
+    };
 
     /// `image` without the slots of which a bit is set in `suspended`, and `guest` in what is left.
     ///
@@ -101,11 +110,13 @@ impl Overlay {
     /// condition and length already, or by the first free one. With no slot of ours the overlay
     /// is off, and the guest's registers serve themselves.
     pub fn merge(image: &DebugImage, suspended: u8, guest: &GuestBreakpoints) -> Overlay {
+        Overlay::for_step(image, suspended, guest).or_off()
+    }
+
+    /// As [`merge`](Self::merge), but on: a step is about to [lend](Self::lend) itself slots.
+    pub fn for_step(image: &DebugImage, suspended: u8, guest: &GuestBreakpoints) -> Overlay {
         let mut overlay =
             Overlay { addresses: image.addresses(), dr7: image.dr7_without(suspended), wanted: *guest, ..Overlay::OFF };
-        if overlay.dr7 == Dr7::NONE {
-            return Overlay::OFF;
-        }
         // A slot that is stepped off stays the image's: what a number means does not change
         // under hits that are on their way (law 6).
         let mut held: [Option<GuestBreakpoint>; SLOTS] = std::array::from_fn(|n| {
@@ -130,6 +141,12 @@ impl Overlay {
         overlay
     }
 
+    /// Off, if there is nothing in it but what is the guest's.
+    #[must_use]
+    pub const fn or_off(self) -> Overlay {
+        if self.is_on() { self } else { Overlay::OFF }
+    }
+
     /// DR0-DR3.
     pub const fn addresses(&self) -> [u64; SLOTS] {
         self.addresses
@@ -142,7 +159,7 @@ impl Overlay {
 
     /// Whether the guest's own registers are masked.
     pub const fn is_on(&self) -> bool {
-        self.ours != 0
+        self.ours | self.lent != 0
     }
 
     /// Whether physical slot `n` is armed for an owner of ours.
@@ -165,6 +182,32 @@ impl Overlay {
     pub fn served(&self, index: usize) -> Option<GuestBreakpoint> {
         let wanted = self.wanted.get(index).copied().flatten()?;
         self.guest.iter().any(|served| served & (1 << index) != 0).then_some(wanted)
+    }
+
+    /// Whether physical slot `n` holds nothing.
+    pub const fn is_free(&self, n: usize) -> bool {
+        n < SLOTS && !self.dr7.is_enabled(n)
+    }
+
+    /// What physical slot `n` holds; `None` if nothing.
+    pub fn holds(&self, n: usize) -> Option<GuestBreakpoint> {
+        GuestRegisters { db: self.addresses, dr6: 0, dr7: self.dr7.bits() }.breakpoint(n)
+    }
+
+    /// Whether the vCPU would not get past the instruction at `pc`.
+    pub fn stops_at(&self, pc: u64) -> bool {
+        let here = |held: GuestBreakpoint| held.condition == SlotCondition::Execute && held.addr == pc;
+        (0..SLOTS).any(|n| self.holds(n).is_some_and(here))
+    }
+
+    /// Puts an execution slot at `addr` in the place of what slot `n` holds, for this entry: it is
+    /// neither ours nor the guest's. Whether there is such a slot.
+    pub fn lend(&mut self, n: usize, addr: u64) -> bool {
+        let Some(dr7) = self.dr7.disable(n).enable(n, SlotCondition::Execute, SlotLen::One) else { return false };
+        (self.addresses[n], self.dr7, self.guest[n]) = (addr, dr7, 0);
+        self.ours &= !(1 << n);
+        self.lent |= 1 << n;
+        true
     }
 
     /// The guest's registers that found no slot: its level is the lowest, and loses (law 27).

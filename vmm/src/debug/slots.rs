@@ -421,6 +421,7 @@ fn split(request: Breakpoint) -> Result<Vec<Chunk>, BreakpointError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::PAGE_SIZE;
     use proptest::prelude::*;
 
     const GDB: Owner = Owner::GDB;
@@ -554,6 +555,139 @@ mod tests {
         assert_eq!(table.prepare_set(GDB, Breakpoint::exec(0x9000), None).unwrap().unwrap().images().len(), 1);
     }
 
+    const EVERYTHING: Offer = Offer { data_slots: true, patches: true, pages: true };
+
+    /// A guest whose linear addresses are its physical ones, plus this.
+    const LINEAR: u64 = 0xffff_8000_0000_0000;
+
+    fn mapped(addr: u64, len: u64, original: u8) -> Option<Place> {
+        let mut pieces = Vec::new();
+        let mut at = addr;
+        while at < addr + len {
+            let end = (addr + len).min((at / PAGE_SIZE + 1) * PAGE_SIZE);
+            pieces.push(Piece { gpa: at, len: end - at });
+            at = end;
+        }
+        Some(Place { pieces, original })
+    }
+
+    fn change(table: &mut SlotTable, changes: &[Change]) -> Result<DebugImage, BreakpointError> {
+        let prepared = table.prepare(changes)?.expect("something to do");
+        let image = last(&prepared).clone();
+        table.commit(prepared);
+        Ok(image)
+    }
+
+    fn exec_at(gpa: u64, original: u8) -> Change {
+        let request = Breakpoint::exec(LINEAR + gpa);
+        Change::Set { owner: GDB, request, handler: None, place: mapped(gpa, 1, original) }
+    }
+
+    #[test]
+    fn l54_slots_come_first_and_patches_serve_what_is_left() {
+        let mut table = SlotTable::new(EVERYTHING);
+        let six: Vec<Change> = (0..6).map(|n| exec_at(0x1000 + n, 0x90)).collect();
+        let image = change(&mut table, &six).unwrap();
+        assert_eq!(image.slots().iter().flatten().count(), SLOTS);
+        assert_eq!(
+            image.patches().iter().map(|p| (p.gpa, p.original)).collect::<Vec<_>>(),
+            [(0x1004, 0x90), (0x1005, 0x90)]
+        );
+        // The one whose slot becomes free comes out of guest memory.
+        let image =
+            change(&mut table, &[Change::Clear { owner: GDB, request: Breakpoint::exec(LINEAR + 0x1000) }]).unwrap();
+        assert_eq!(image.patches().len(), 1);
+        assert_eq!(image.slots().iter().flatten().count(), SLOTS);
+    }
+
+    #[test]
+    fn l56_the_guests_own_int3_is_never_patched() {
+        let mut table = SlotTable::new(EVERYTHING);
+        let five: Vec<Change> = (0..5).map(|n| exec_at(0x1000 + n, INT3)).collect();
+        assert!(matches!(table.prepare(&five), Err(BreakpointError::Invalid { .. })));
+        change(&mut table, &five[..4]).expect("slots change no memory");
+    }
+
+    #[test]
+    fn l57_a_patch_is_physical_and_shared_by_its_aliases() {
+        let mut table = SlotTable::new(EVERYTHING);
+        change(&mut table, &(0..4).map(|n| exec_at(n, 0x90)).collect::<Vec<_>>()).unwrap();
+        let alias = Breakpoint::exec(0x7000);
+        let place = mapped(0x1000, 1, 0x55);
+        let image = change(
+            &mut table,
+            &[exec_at(0x1000, 0x55), Change::Set { owner: GDB, request: alias, handler: None, place }],
+        )
+        .unwrap();
+        assert_eq!(image.patches().len(), 1);
+        assert_eq!(image.patch_at(0x1000).unwrap().owners.len(), 2);
+    }
+
+    #[test]
+    fn what_is_not_mapped_is_served_by_slots_only() {
+        let mut table = SlotTable::new(EVERYTHING);
+        for n in 0..4 {
+            set(&mut table, GDB, Breakpoint::exec(n)).unwrap();
+        }
+        let fifth = Breakpoint::exec(4);
+        assert_eq!(set(&mut table, GDB, fifth), Err(BreakpointError::NotMapped { request: fifth }));
+    }
+
+    #[test]
+    fn l66_where_data_slots_never_fire_pages_serve_writes_and_nothing_serves_loads() {
+        let mut table = SlotTable::new(Offer { data_slots: false, ..EVERYTHING });
+        let wide = Breakpoint::watch(LINEAR + 0x1ff0, 0x1020, Trigger::Write);
+        let place = mapped(0x1ff0, 0x1020, 0);
+        let image = change(&mut table, &[Change::Set { owner: GDB, request: wide, handler: None, place }]).unwrap();
+        assert!(image.slots().iter().all(Option::is_none));
+        assert_eq!(image.pages(), [0x1000, 0x2000, 0x3000].into());
+        assert_eq!(image.ranges_in(0x1fef, 1).count(), 0);
+        assert_eq!(image.ranges_in(0x1fef, 2).map(|r| r.addr).collect::<Vec<_>>(), [wide.addr]);
+        assert_eq!(image.ranges_in(0x300f, 8).map(|r| r.addr).collect::<Vec<_>>(), [LINEAR + 0x3000]);
+        assert_eq!(image.ranges_in(0x3010, 8).count(), 0);
+        let load = Breakpoint::watch(LINEAR + 0x1000, 4, Trigger::Access);
+        assert!(matches!(set(&mut table, GDB, load), Err(BreakpointError::Unsupported { .. })));
+    }
+
+    #[test]
+    fn l27_an_evicted_breakpoint_goes_on_as_a_patch_where_that_serves() {
+        let mut table = SlotTable::new(EVERYTHING);
+        let harness = |n| Change::Set {
+            owner: Owner::harness(1),
+            request: Breakpoint::exec(LINEAR + n),
+            handler: None,
+            place: mapped(n, 1, 0x90),
+        };
+        change(&mut table, &(0..4).map(harness).collect::<Vec<_>>()).unwrap();
+        let watch = Breakpoint::watch(0x9000, 8, Trigger::Access);
+        let prepared = table.prepare_set(GDB, watch, None).unwrap().unwrap();
+        assert_eq!(prepared.notices(), []);
+        table.commit(prepared);
+        assert_eq!(table.mechanism(Owner::harness(1), Breakpoint::exec(LINEAR + 3)), Some(Mechanism::Patch));
+        assert_eq!(table.mechanism(GDB, watch), Some(Mechanism::Slots));
+    }
+
+    #[test]
+    fn one_bad_change_of_many_leaves_all_as_it_was() {
+        let mut table = SlotTable::new(EVERYTHING);
+        let image = change(&mut table, &[exec_at(0x1000, 0x90)]).unwrap();
+        let nonsense = Change::Clear { owner: GDB, request: Breakpoint::exec(1) };
+        assert!(table.prepare(&[exec_at(0x2000, 0x90), nonsense]).is_err());
+        let again = table.prepare(&[exec_at(0x1000, 0x90)]).unwrap();
+        assert!(again.is_none(), "what one holds need not be set again");
+        assert_eq!(table.requests().count(), 1);
+        assert!(image.has_memory_of(&DebugImage::default()));
+    }
+
+    #[test]
+    fn l55_what_the_debugger_writes_under_a_patch_is_what_goes_back() {
+        let mut table = SlotTable::new(EVERYTHING);
+        change(&mut table, &(0..5).map(|n| exec_at(0x1000 + n, 0x90)).collect::<Vec<_>>()).unwrap();
+        assert!(table.prepare_originals(&[(0x1009, 0x55)]).is_none());
+        let prepared = table.prepare_originals(&[(0x1003, 0x55), (0x1004, 0x56)]).unwrap();
+        assert_eq!(last(&prepared).patch_at(0x1004).unwrap().original, 0x56);
+    }
+
     fn last(prepared: &Prepared) -> &DebugImage {
         prepared.images().last().unwrap()
     }
@@ -611,6 +745,54 @@ mod tests {
     }
 
     proptest! {
+        /// With everything on offer nobody waits whose bytes are mapped, and byte by byte there is
+        /// something for exactly what was asked.
+        #[test]
+        fn every_byte_that_is_asked_for_is_served_by_something(
+            steps in prop::collection::vec((any::<bool>(), any_owner(), 0x1ff0u64..0x2010, 1u64..40, any::<bool>()), 1..40)
+        ) {
+            let mut table = SlotTable::new(EVERYTHING);
+            let mut shadow: Shadow = Vec::new();
+            for (add, owner, gpa, len, exec) in steps {
+                let (len, on) = if exec { (1, Trigger::Execute) } else { (len, Trigger::Write) };
+                let request = Breakpoint { addr: LINEAR + gpa, len, on };
+                let change = match add {
+                    true => Change::Set { owner, request, handler: None, place: mapped(gpa, len, 0x90) },
+                    false => Change::Clear { owner, request },
+                };
+                let held = shadow.contains(&(owner, request));
+                let Ok(Some(prepared)) = table.prepare(&[change]) else {
+                    prop_assert_eq!(add, held, "refused or nothing to do");
+                    continue;
+                };
+                match add {
+                    true => shadow.push((owner, request)),
+                    false => shadow.retain(|have| *have != (owner, request)),
+                }
+                prop_assert!(prepared.notices().is_empty(), "somebody lost or regained");
+                let memory = last(&prepared).clone();
+                table.commit(prepared);
+                for byte in 0x1fe0..0x2060u64 {
+                    let slot = |condition| memory.slots().iter().flatten().filter(move |slot| slot.condition == condition)
+                        .filter(move |slot| byte >= slot.addr - LINEAR && byte - (slot.addr - LINEAR) < slot.len.bytes())
+                        .flat_map(|slot| slot.owners.iter().map(|behind| (behind.owner, behind.request))).collect::<Vec<_>>();
+                    let mut exec = slot(SlotCondition::Execute);
+                    exec.extend(memory.patch_at(byte).iter().flat_map(|p| p.owners.iter().map(|b| (b.owner, b.request))));
+                    let mut write = slot(SlotCondition::Write);
+                    write.extend(memory.ranges_in(byte, 1).map(|range| (range.behind.owner, range.behind.request)));
+                    for (served, on) in [(&mut exec, Trigger::Execute), (&mut write, Trigger::Write)] {
+                        let mut asked: Shadow = shadow.iter().copied()
+                            .filter(|(_, r)| r.on == on && byte >= r.addr - LINEAR && byte - (r.addr - LINEAR) < r.len).collect();
+                        asked.sort();
+                        served.sort();
+                        prop_assert_eq!(&*served, &asked, "byte {:#x}", byte);
+                    }
+                }
+                let pages: std::collections::BTreeSet<u64> = memory.ranges().iter().map(|r| r.gpa & !0xfff).collect();
+                prop_assert_eq!(memory.pages(), pages);
+            }
+        }
+
         #[test]
         fn the_table_agrees_with_a_naive_list(
             steps in prop::collection::vec((any::<bool>(), any_owner(), any_breakpoint()), 1..60)

@@ -139,6 +139,11 @@ pub enum Crash {
         /// The errno.
         errno: i32,
     },
+    /// What the vCPU was to be entered with could not be read or set.
+    EntryFailed {
+        /// What the ioctl said.
+        error: String,
+    },
 }
 
 impl fmt::Display for Crash {
@@ -158,6 +163,7 @@ impl fmt::Display for Crash {
             Crash::Internal { suberror } => write!(f, "KVM internal error, suberror {suberror}"),
             Crash::FailEntry { reason } => write!(f, "the processor refused the guest state, reason {reason:#x}"),
             Crash::UnknownExit { reason } => write!(f, "KVM exit {reason}, which this VMM does not know"),
+            Crash::EntryFailed { error } => write!(f, "the vCPU could not be made ready for KVM_RUN: {error}"),
             Crash::RunFailed { errno } => {
                 write!(f, "KVM_RUN failed: {}", std::io::Error::from_raw_os_error(*errno))
             }

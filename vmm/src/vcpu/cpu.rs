@@ -4,7 +4,7 @@
 use std::io;
 
 use super::{Activity, Registers};
-use crate::debug::{Crash, DebugExit, DebugImage, Dr7, GuestRegisters, Overlay, SLOTS, StopReason};
+use crate::debug::{Crash, DebugExit, DebugImage, Dr7, General, GuestRegisters, Overlay, SLOTS, StopReason};
 
 /// Why guest code stopped running. Parsed once from `kvm_run`; everything after matches on this.
 #[derive(Debug)]
@@ -77,6 +77,20 @@ impl Raised {
     }
 }
 
+/// A vCPU whose next instruction could be carried out without it: it is in 64-bit mode, and nothing
+/// but that instruction is about to happen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing {
+    /// Its general registers.
+    pub general: General,
+    /// Linear addresses have 57 bits, not 48.
+    pub wide: bool,
+    /// What the processor would fetch.
+    pub code: [u8; 15],
+    /// How many of those bytes it could fetch.
+    pub fetched: usize,
+}
+
 /// One vCPU, as its own thread sees it. Every method is called on that thread only (law 1).
 pub trait Cpu {
     /// Called once, when the thread begins.
@@ -103,6 +117,13 @@ pub trait Cpu {
     /// Writes all registers. The caller arms again afterwards (law 7).
     fn set_registers(&mut self, registers: &Registers) -> io::Result<()>;
 
+    /// General, segment and control registers, and what else is cheap to read: no FPU, no MSRs but
+    /// EFER, no debug registers.
+    fn state(&mut self) -> io::Result<Registers>;
+
+    /// Writes the general registers, RIP and RFLAGS only. The caller arms again afterwards (law 7).
+    fn set_general(&mut self, registers: &Registers) -> io::Result<()>;
+
     /// What the vCPU is doing.
     fn activity(&mut self) -> io::Result<Activity>;
 
@@ -124,14 +145,11 @@ pub trait Cpu {
     /// Gives the guest its own #BP for the INT3 at RIP (law 34).
     fn reflect_bp(&mut self) -> io::Result<()>;
 
-    /// The guest's own TF and DR7, which tell its traps from ours.
-    fn guest_debug_state(&mut self) -> io::Result<(bool, u64)>;
-
     /// The guest's own DR0-3, DR6 and DR7 (law 30).
     fn guest_registers(&mut self) -> io::Result<GuestRegisters>;
 
-    /// The guest's own RFLAGS.
-    fn rflags(&mut self) -> io::Result<u64>;
+    /// Writes them. The guest is the only one who sees the values.
+    fn set_guest_registers(&mut self, registers: &GuestRegisters) -> io::Result<()>;
 
     /// Moves RIP by `len` and delivers at the next entry what the instruction there raises. The
     /// caller arms again afterwards (law 7).
@@ -143,6 +161,16 @@ pub trait Cpu {
 
     /// Kicks itself every [`LOOK_INTERVAL`](crate::limits::LOOK_INTERVAL) from now on, or no more.
     fn kick_itself(&mut self, often: bool) -> io::Result<()>;
+
+    /// Where it stands, if an instruction may be carried out there for it.
+    fn standing(&mut self) -> io::Result<Option<Standing>> {
+        Ok(None)
+    }
+
+    /// Moves a vCPU that is [`standing`](Self::standing) on to the registers after its instruction.
+    fn advance(&mut self, _to: &General) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Called before the first entry after a park: tells a paravirtual clock that time was stolen.
     fn resumed(&mut self) {}

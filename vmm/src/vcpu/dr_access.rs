@@ -6,7 +6,7 @@
 use iced_x86::{Code, Decoder, DecoderOptions, Register};
 
 use super::Registers;
-use crate::debug::{Dr6, GENERAL_DETECT};
+use crate::debug::{Dr6, GuestRegisters};
 
 /// RFLAGS.RF.
 const RF: u64 = 1 << 16;
@@ -40,12 +40,12 @@ pub(crate) enum Access {
     Other,
 }
 
-/// Carries out the instruction in `bytes` on `registers`. They are changed only if it is
-/// [done](Access::Done).
+/// Carries out the instruction in `bytes` on the guest's `own` debug registers and the others.
+/// They are changed only if it is [done](Access::Done).
 ///
 /// The order of the checks is the processor's: existence, privilege, general detect, value
 /// (SDM vol. 2, MOV to/from debug registers; vol. 3, 18.2.2).
-pub(crate) fn carry_out(bytes: &[u8], registers: &mut Registers) -> Access {
+pub(crate) fn carry_out(bytes: &[u8], registers: &mut Registers, own: &mut GuestRegisters) -> Access {
     let instruction = Decoder::new(bitness(registers), bytes, DecoderOptions::NONE).decode();
     let (number, general, writes) = match instruction.code() {
         Code::Mov_r64_dr | Code::Mov_r32_dr => (instruction.op1_register(), instruction.op0_register(), false),
@@ -65,7 +65,7 @@ pub(crate) fn carry_out(bytes: &[u8], registers: &mut Registers) -> Access {
     if registers.cpl() != 0 {
         return Access::Protected;
     }
-    if registers.dr7 & GENERAL_DETECT != 0 {
+    if own.general_detect() {
         return Access::Detected;
     }
     let wide = instruction.code() == Code::Mov_r64_dr || instruction.code() == Code::Mov_dr_r64;
@@ -78,16 +78,16 @@ pub(crate) fn carry_out(bytes: &[u8], registers: &mut Registers) -> Access {
             return Access::Protected;
         }
         match number {
-            6 => after.dr6 = value & DR6_WRITABLE | Dr6::RESET & !DR6_WRITABLE,
-            7 => after.dr7 = value & DR7_WRITABLE | DR7_FIXED,
-            n => after.dr[n] = value,
+            6 => own.dr6 = value & DR6_WRITABLE | Dr6::RESET & !DR6_WRITABLE,
+            7 => own.dr7 = value & DR7_WRITABLE | DR7_FIXED,
+            n => own.db[n] = value,
         }
     } else {
         *general = mask
             & match number {
-                6 => registers.dr6,
-                7 => registers.dr7,
-                n => registers.dr[n],
+                6 => own.dr6,
+                7 => own.dr7,
+                n => own.db[n],
             };
     }
     after.rip = after.rip.wrapping_add(instruction.len() as u64);

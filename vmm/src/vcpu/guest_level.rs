@@ -16,7 +16,7 @@ use std::io;
 use super::cpu::{Cpu, Raised};
 use super::dr_access::{Access, carry_out};
 use crate::debug::{
-    DebugImage, Epoch, GuestBreakpoint, GuestBreakpoints, GuestRegisters, GuestView, Overlay, Remembered, SLOTS,
+    DebugImage, Dr6, Epoch, GuestBreakpoint, GuestBreakpoints, GuestRegisters, GuestView, Overlay, Remembered, SLOTS,
     SlotCondition,
 };
 
@@ -41,24 +41,37 @@ pub(crate) struct GuestLevel {
     traps: u32,
     /// Causes of a #DB that the guest gets at the next entry.
     owed: Option<u64>,
-    /// Where an execution breakpoint of the guest's lets one instruction pass.
-    pass: Option<u64>,
     /// Where the guest, stepping itself, stands on an instruction that may clear its TF.
     clears_tf: Option<u64>,
-    /// Where a crossing of ours was told last.
-    crossed: Option<u64>,
     /// The guest's breakpoints that were said to have no slot, by its own numbers, and since which image.
     said_lost: GuestBreakpoints,
     said_for: Epoch,
 }
 
 impl GuestLevel {
-    /// What to arm: `image` without the `suspended` slots, and what the guest wants in the others.
-    pub(crate) fn overlay(&self, image: &DebugImage, suspended: u8) -> Overlay {
-        let passed =
-            |wanted: &GuestBreakpoint| wanted.condition == SlotCondition::Execute && Some(wanted.addr) == self.pass;
-        let wanted: GuestBreakpoints = self.remembered.breakpoints().map(|wanted| wanted.filter(|w| !passed(w)));
-        Overlay::merge(image, suspended, &wanted)
+    /// What to arm for running on: `image`, and what the guest wants in the slots that it leaves.
+    pub(crate) fn overlay(&self, image: &DebugImage) -> Overlay {
+        Overlay::merge(image, 0, &self.remembered.breakpoints())
+    }
+
+    /// What to arm for a step: `image` without the `suspended` slots, and what the guest wants in
+    /// the others, execution of the instruction at `but` excepted.
+    pub(crate) fn overlay_for_step(&self, image: &DebugImage, suspended: u8, but: Option<u64>) -> Overlay {
+        let mut wanted = self.remembered.breakpoints();
+        for own in wanted.iter_mut().filter(|own| own.is_some_and(|own| Some(own.addr) == but)) {
+            own.take_if(|own| own.condition == SlotCondition::Execute);
+        }
+        Overlay::for_step(image, suspended, &wanted)
+    }
+
+    /// Whether the guest may have an execution breakpoint at `pc`, as far as is known without a look.
+    pub(crate) fn may_stop_at(&self, pc: u64) -> bool {
+        stops_at(&self.remembered.breakpoints(), pc) != 0
+    }
+
+    /// The guest's execution breakpoints at `pc` as of the last look, one bit each.
+    pub(crate) fn stops_at(&self, pc: u64) -> u64 {
+        stops_at(&self.registers.breakpoints(), pc)
     }
 
     /// Whether the vCPU must kick itself now and then: what the guest writes goes unseen.
@@ -105,8 +118,7 @@ impl GuestLevel {
         self.owed = Some(self.owed.unwrap_or(0) | causes);
     }
 
-    /// Gives the guest what it is owed; whether that was something. To be called right before
-    /// the vCPU is armed: who writes registers in between loses it (law 7).
+    /// Gives the guest what it is owed; whether that was something.
     pub(crate) fn pay<C: Cpu>(&mut self, cpu: &mut C) -> io::Result<bool> {
         let Some(causes) = self.owed else { return Ok(false) };
         match cpu.reflect_db(causes) {
@@ -119,26 +131,9 @@ impl GuestLevel {
         }
     }
 
-    /// Where the guest's own breakpoint lets one instruction pass.
-    pub(crate) fn passes_at(&self) -> Option<u64> {
-        self.pass
-    }
-
-    /// Lets the instruction at `pc` pass; `None` once it has.
-    pub(crate) fn pass(&mut self, pc: Option<u64>) {
-        self.pass = pc;
-    }
-
-    /// A crossing at `pc` is told.
-    pub(crate) fn crosses(&mut self, pc: u64) {
-        self.crossed = Some(pc);
-    }
-
-    /// Whether an execution slot of ours that matched at `pc` was told already, and the guest
-    /// comes back there from a fault of the instruction, such as its own breakpoint on it. RF says
-    /// so; not every KVM heeds it (B1).
-    pub(crate) fn has_crossed<C: Cpu>(&mut self, cpu: &mut C, pc: u64) -> bool {
-        self.crossed.take_if(|at| *at == pc).is_some() && cpu.rflags().is_ok_and(|rflags| rflags & RF != 0)
+    /// Whether it is owed one.
+    pub(crate) fn is_owed(&self) -> bool {
+        self.owed.is_some()
     }
 
     /// Carries out an access to a debug register at `pc`, or raises in the guest what it raises.
@@ -146,18 +141,22 @@ impl GuestLevel {
     pub(crate) fn access<C: Cpu>(&mut self, cpu: &mut C, pc: u64) -> io::Result<bool> {
         let mut bytes = [0; MAX_INSTRUCTION];
         let got = cpu.read(pc, &mut bytes);
-        let mut registers = cpu.registers()?;
-        let access = carry_out(&bytes[..got], &mut registers);
+        let before = cpu.guest_registers()?;
+        let (mut general, mut own) = (cpu.state()?, before);
+        let access = carry_out(&bytes[..got], &mut general, &mut own);
         match access {
             Access::Done => {
                 self.accesses_exit = true;
-                cpu.set_registers(&registers)?;
+                cpu.set_general(&general)?;
+                if own != before {
+                    cpu.set_guest_registers(&own)?;
+                }
                 cpu.end_shadow()?;
-                if registers.rflags & TF != 0 {
-                    self.owe(crate::debug::Dr6::BS);
+                if general.rflags & TF != 0 {
+                    self.owe(Dr6::BS);
                 }
             }
-            Access::Detected => self.owe(crate::debug::Dr6::BD),
+            Access::Detected => self.owe(Dr6::BD),
             Access::Undefined => cpu.raise(Raised::exception(6), 0)?,
             Access::Protected => cpu.raise(Raised::fault(13), 0)?,
             // Otherwise it would exit for ever.
@@ -230,7 +229,7 @@ impl<C: Cpu> GuestView for View<'_, C> {
     }
 
     fn single_steps(&mut self) -> bool {
-        let has_tf = self.cpu.rflags().is_ok_and(|rflags| rflags & TF != 0);
+        let has_tf = self.cpu.state().is_ok_and(|registers| registers.rflags & TF != 0);
         // The trap behind a POPF or IRET that clears TF comes with TF clear.
         let cleared = self.level.clears_tf.take().is_some() && !has_tf;
         if has_tf {
@@ -242,7 +241,7 @@ impl<C: Cpu> GuestView for View<'_, C> {
     }
 
     fn resumes(&mut self) -> bool {
-        self.cpu.rflags().is_ok_and(|rflags| rflags & RF != 0)
+        self.cpu.state().is_ok_and(|registers| registers.rflags & RF != 0)
     }
 }
 
@@ -261,4 +260,10 @@ fn loads_flags(bytes: &[u8]) -> bool {
             | Mnemonic::Sysret
             | Mnemonic::Sysretq
     )
+}
+
+/// Those that are execution breakpoints at `pc`, one bit each.
+fn stops_at(own: &GuestBreakpoints, pc: u64) -> u64 {
+    let here = |own: &GuestBreakpoint| own.condition == SlotCondition::Execute && own.addr == pc;
+    own.iter().enumerate().filter(|(_, own)| own.is_some_and(|own| here(&own))).fold(0, |bits, (n, _)| bits | 1 << n)
 }

@@ -16,14 +16,15 @@ use kvm_bindings::{
     KVM_GUESTDBG_INJECT_DB, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP,
     KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
     KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_SHADOW, Msrs, kvm_dtable, kvm_guest_debug, kvm_guest_debug_arch,
-    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment, kvm_sregs,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment, kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::VcpuFd;
 use vm_memory::GuestMemoryMmap;
 
+use super::synced::SyncedFd;
 use super::xsave::{put_fpu, to_fpu};
-use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Raised, Registers, Segment, kick};
-use crate::debug::{Crash, DebugExit, Dr6, GENERAL_DETECT, GuestRegisters, StopReason};
+use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Raised, Registers, Segment, Standing, kick};
+use crate::debug::{Crash, DebugExit, Dr6, GENERAL_DETECT, General, GuestRegisters, StopReason};
 use crate::devices::{Bus, DeviceEvent};
 use crate::limits::LOOK_INTERVAL;
 use crate::paging::Paging;
@@ -33,10 +34,10 @@ const MSR_LSTAR: u32 = 0xc000_0082;
 const MSR_FMASK: u32 = 0xc000_0084;
 const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
 
-/// RFLAGS.TF.
-const TF: u64 = 1 << 8;
 /// INT1, which raises #DB without any cause bit.
 const INT1: u8 = 0xf1;
+const EFER_LMA: u64 = 1 << 10;
+const CR4_CET: u64 = 1 << 23;
 /// Most bytes of one instruction.
 const MAX_INSTRUCTION: usize = 15;
 
@@ -45,7 +46,7 @@ pub type ArmHook = Arc<dyn Fn(&Arming) -> io::Result<()> + Send + Sync>;
 
 /// One vCPU on KVM.
 pub struct KvmCpu {
-    fd: VcpuFd,
+    fd: SyncedFd,
     bus: Arc<Bus>,
     memory: GuestMemoryMmap,
     arm_hook: Option<ArmHook>,
@@ -56,13 +57,13 @@ pub struct KvmCpu {
 impl KvmCpu {
     /// Takes over a vCPU whose initial state is set.
     pub fn new(fd: VcpuFd, bus: Arc<Bus>, memory: GuestMemoryMmap, arm_hook: Option<ArmHook>) -> Self {
-        Self { fd, bus, memory, arm_hook, timer: None }
+        Self { fd: SyncedFd::new(fd), bus, memory, arm_hook, timer: None }
     }
 
     fn enter(&mut self) -> Exit {
         // The crate's own reading of the exit loses the width of string I/O and all of an
         // internal error, so the page is read here, once.
-        match self.fd.run().map(|_| ()) {
+        match self.fd.run() {
             Ok(()) => self.parse(),
             Err(error) => match error.errno() {
                 libc::EINTR => Exit::Kicked,
@@ -160,7 +161,7 @@ impl KvmCpu {
     }
 
     /// Adds `flags` to one call that arms nothing; the caller arms again.
-    fn inject(&self, flags: u32) -> io::Result<()> {
+    fn inject(&mut self, flags: u32) -> io::Result<()> {
         Ok(self.fd.set_guest_debug(&kvm_guest_debug { control: flags, ..Default::default() })?)
     }
 
@@ -195,7 +196,7 @@ impl KvmCpu {
     }
 
     /// Writes everything, in the order in which nothing undoes what came before (law 7).
-    fn write_all(&self, wanted: &Registers, now: &Registers) -> io::Result<()> {
+    fn write_all(&mut self, wanted: &Registers, now: &Registers) -> io::Result<()> {
         if !same_system_registers(wanted, now) {
             // Pending interrupts and whatever the plain data leaves out stay as they are.
             let mut sregs = self.fd.get_sregs()?;
@@ -262,6 +263,7 @@ impl Cpu for KvmCpu {
         if arming.step && arming.block_irq {
             control |= KVM_GUESTDBG_BLOCKIRQ;
         }
+        self.fd.want(control != 0);
         let mut arch = kvm_guest_debug_arch::default();
         arch.debugreg[..4].copy_from_slice(&arming.addresses);
         // Where it works, every access of the guest's to its own debug registers exits (law 31).
@@ -293,6 +295,17 @@ impl Cpu for KvmCpu {
                 let _ = self.write_all(&before, &now);
             }
         })
+    }
+
+    fn state(&mut self) -> io::Result<Registers> {
+        let mut registers = Registers::default();
+        take_general_registers(&mut registers, &self.fd.get_regs()?);
+        take_system_registers(&mut registers, &self.fd.get_sregs()?);
+        Ok(registers)
+    }
+
+    fn set_general(&mut self, registers: &Registers) -> io::Result<()> {
+        Ok(self.fd.set_regs(&general_registers(registers))?)
     }
 
     fn activity(&mut self) -> io::Result<Activity> {
@@ -356,8 +369,10 @@ impl Cpu for KvmCpu {
         Ok(GuestRegisters { db: debug.db, dr6: debug.dr6, dr7: debug.dr7 })
     }
 
-    fn rflags(&mut self) -> io::Result<u64> {
-        Ok(self.fd.get_regs()?.rflags)
+    fn set_guest_registers(&mut self, registers: &GuestRegisters) -> io::Result<()> {
+        let mut debug = self.fd.get_debug_regs()?;
+        (debug.db, debug.dr6, debug.dr7) = (registers.db, registers.dr6, registers.dr7);
+        Ok(self.fd.set_debug_regs(&debug)?)
     }
 
     fn raise(&mut self, event: Raised, len: u64) -> io::Result<()> {
@@ -398,8 +413,27 @@ impl Cpu for KvmCpu {
         self.timer.as_ref().map_or(Ok(()), |timer| timer.set(if often { LOOK_INTERVAL } else { Duration::ZERO }))
     }
 
-    fn guest_debug_state(&mut self) -> io::Result<(bool, u64)> {
-        Ok((self.fd.get_regs()?.rflags & TF != 0, self.fd.get_debug_regs()?.dr7))
+    fn standing(&mut self) -> io::Result<Option<Standing>> {
+        // One that has just come out of the guest was running.
+        if !self.fd.is_fresh() && self.activity()? != Activity::Runnable {
+            return Ok(None);
+        }
+        let (sregs, events) = (self.fd.get_sregs()?, self.fd.get_vcpu_events()?);
+        let long = sregs.efer & EFER_LMA != 0 && sregs.cs.l != 0;
+        // With branch tracking an instruction has to be the one that a jump may lead to.
+        if !long || sregs.cr4 & CR4_CET != 0 || !is_quiet(&events) {
+            return Ok(None);
+        }
+        let regs = self.fd.get_regs()?;
+        let paging = Paging { cr0: sregs.cr0, cr3: sregs.cr3, cr4: sregs.cr4, efer: sregs.efer };
+        let mut code = [0; MAX_INSTRUCTION];
+        let fetched = paging.fetch(&self.memory, regs.rip, sregs.ss.dpl == 3, &mut code);
+        Ok(Some(Standing { general: to_general(&regs), wide: paging.is_wide(), code, fetched }))
+    }
+
+    fn advance(&mut self, to: &General) -> io::Result<()> {
+        self.fd.set_regs_at_entry(&from_general(to));
+        Ok(())
     }
 
     fn resumed(&mut self) {
@@ -446,6 +480,26 @@ fn general_registers(from: &Registers) -> kvm_regs {
     let mut to = kvm_regs::default();
     general!(to, from);
     to
+}
+
+fn to_general(regs: &kvm_regs) -> General {
+    let kvm_regs { rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags } = *regs;
+    let gpr = [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15];
+    General { gpr, rip, rflags }
+}
+
+fn from_general(general: &General) -> kvm_regs {
+    let General { gpr, rip, rflags } = *general;
+    let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15] = gpr;
+    kvm_regs { rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags }
+}
+
+/// Whether nothing is on its way into the guest that belongs before or to the next instruction, such
+/// as an exception that was given to it there, and no shadow of STI or MOV SS ends with it.
+fn is_quiet(events: &kvm_vcpu_events) -> bool {
+    let exception = events.exception.injected | events.exception.pending | events.triple_fault.pending;
+    let other = events.interrupt.injected | events.nmi.injected | events.interrupt.shadow;
+    exception | other == 0
 }
 
 fn same_general_registers(a: &Registers, b: &Registers) -> bool {

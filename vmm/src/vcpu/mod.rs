@@ -10,13 +10,15 @@ mod guest_level;
 #[cfg_attr(feature = "shuttle", allow(dead_code))]
 pub mod kick;
 mod kvm;
+mod over;
 pub(crate) mod protocol;
 mod raised;
 mod registers;
 mod step;
+mod synced;
 pub(crate) mod thread;
 mod xsave;
 
-pub use cpu::{Arming, Cpu, Exit, Raised};
+pub use cpu::{Arming, Cpu, Exit, Raised, Standing};
 pub use kvm::{ArmHook, KvmCpu};
 pub use registers::{Activity, DescriptorTable, Fpu, Registers, Segment};

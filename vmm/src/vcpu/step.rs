@@ -1,164 +1,429 @@
-//! One stepped instruction: what single-stepping does to the guest behind its back, and the
-//! mending of it.
+//! One stepped instruction: where it is to stop, and the mending of what stepping does to the
+//! guest behind its back.
 //!
-//! KVM steps by setting TF in the real RFLAGS. An instruction that *stores* RFLAGS then stores
-//! our TF where the guest will find it and trap on it later (law 45). So the instruction is
-//! decoded before it runs, and what it stored is put right after.
+//! KVM steps by setting TF in the real RFLAGS, and no two flavours of it make the same of an
+//! instruction that raises an exception, changes RFLAGS or leaves the ring. So the instruction is
+//! decoded before it runs ([`effect`]), and a step means the same everywhere:
+//!
+//! * It ends at the next instruction of the same context. What was stepped may have been a system
+//!   call, an IRET or a SYSRET: then that is the entry of the kernel, or the target.
+//! * If the instruction raises an exception (a fault, INT n, INT3, INT1), it ends at the first
+//!   instruction of the guest's handler, which has not run yet.
+//! * The guest sees no TF but its own (law 45): not where PUSHF stores it, not in the frame of an
+//!   exception, not in R11. Its own TF is what it would be without us, and the #DB that it owes
+//!   itself for the stepped instruction comes when the debugger lets it go on (law 46).
+//!
+//! To be stopped where the processor or KVM would run on, the step arms execution slots of its
+//! own, in this vCPU alone and for this step alone ([`Landing`]): at the handlers of the
+//! exceptions that the instruction may raise, at LSTAR, at the target of IRET. It takes what the image leaves
+//! free, then slots of execution breakpoints elsewhere: one instruction cannot reach those. A
+//! watchpoint's slot is taken only from an instruction that uses no memory. With four watchpoints
+//! armed, the step of an instruction that raises an exception ends where this KVM ends it: on AMD
+//! and Intel one instruction behind the return from the handler, on PVM one behind its entry.
+//!
+//! All of this holds in long mode. Real mode and 32-bit guests are stepped as their KVM does it.
+
+mod effect;
+mod gate;
 
 use std::io;
 
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction};
-
-use super::{Activity, Cpu, Registers};
+use self::effect::{Effect, Kind, decode};
+use self::gate::{Frame, Gates, with_tf};
+use super::{Activity, Arming, Cpu, Registers};
+use crate::debug::{DebugExit, DebugImage, Dr6, GuestBreakpoint, Overlay, SLOTS, SlotCondition};
 
 /// RFLAGS.TF.
 const TF: u64 = 1 << 8;
+/// EFER.LMA.
+const LONG_MODE: u64 = 1 << 10;
+/// Longest instruction, in bytes.
+const MAX_INSTRUCTION: usize = 15;
+/// Stops within a REP that is stepped over before interrupts get their turn.
+const REP_PIECE: u32 = 16;
 
-/// An instruction that is being stepped.
+/// #DB.
+pub(crate) const DB: u8 = 1;
+const UD: u8 = 6;
+const NM: u8 = 7;
+const NP: u8 = 11;
+const GP: u8 = 13;
+const PF: u8 = 14;
+
+/// An instruction that is being stepped, from its first entry until it is done.
 pub(crate) struct Stepped {
     from: u64,
-    kind: Kind,
-    /// It leads elsewhere: while RIP stands on it, it has not run.
-    leads_on: bool,
-    waiting: bool,
+    /// The instruction, and the one behind it if one trap covers both (MOV SS).
+    effect: Effect,
+    covered: Option<Effect>,
+    /// The guest's own TF before it, and what each of the two loads, if it loads RFLAGS.
+    tf: bool,
+    loads: [Option<bool>; 2],
+    landings: Vec<Landing>,
+    phase: Phase,
+    /// Iterations of a REP so far.
+    iterations: u32,
+    /// RSP, CS and CR3 at the start: whose instruction it is.
+    context: Context,
+}
+
+/// How the vCPU is entered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// By single steps.
+    Stepping,
+    /// Freely, to the same place again: it sleeps, and whatever wakes it is handled first.
+    Waiting,
+    /// By single steps, with interrupts let through: it sleeps, and no slot is left.
+    WaitingUnwatched,
+}
+
+/// Where the vCPU may come by something else than the end of the instruction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Landing {
+    addr: u64,
+    /// It is the first instruction of a handler and not where the instruction leads by itself.
+    handler: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    /// Stores RFLAGS at the new top of the stack, as this many bytes.
-    PushFlags(usize),
-    /// Stores RFLAGS in R11.
-    Syscall,
-    /// Waits for an interrupt.
-    Halt,
-    /// A string instruction with a REP prefix: it traps between its iterations as well.
-    Repeat,
-    Other,
+struct Context {
+    rsp: u64,
+    cs: u16,
+    cr3: u64,
+    /// Linear address of RIP 0.
+    base: u64,
+}
+
+/// The slots that one entry has armed for the step.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Placed {
+    at: [Option<Landing>; SLOTS],
+}
+
+/// How the vCPU came to where it stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Arrival {
+    /// The instruction is done.
+    Done,
+    /// It raised an exception; the vCPU stands at its handler.
+    Handler,
+}
+
+/// What is left to be done about a step that is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    /// The guest's own TF now. KVM has lost it while it stepped.
+    pub(crate) tf: bool,
+    /// The guest steps itself, and is to get #DB for this instruction.
+    pub(crate) owes_trap: bool,
+    /// The instruction has faulted: it may be tried again.
+    pub(crate) faulted: bool,
+}
+
+/// One context's way over one instruction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Crossing {
+    pub(crate) pc: u64,
+    rsp: u64,
+    cr3: u64,
+}
+
+impl Crossing {
+    /// That of a vCPU with these registers, which stands at `pc`.
+    pub(crate) fn at(pc: u64, registers: &Registers) -> Self {
+        Crossing { pc, rsp: registers.rsp, cr3: registers.cr3 }
+    }
+
+    /// Whether a vCPU with these registers, at its address, is in the same context.
+    pub(crate) fn is_of(&self, registers: &Registers) -> bool {
+        (registers.rsp, registers.cr3) == (self.rsp, self.cr3)
+    }
 }
 
 impl Stepped {
-    /// Looks at the instruction at `pc`, which is to be stepped.
-    pub(crate) fn begin<C: Cpu>(cpu: &mut C, pc: u64) -> io::Result<Self> {
-        let mut bytes = [0; 15];
+    /// Looks at the instruction at `pc`, which is to be stepped. `event`: this exception is
+    /// delivered to the guest before anything else.
+    pub(crate) fn begin<C: Cpu>(cpu: &mut C, pc: u64, event: Option<u8>) -> io::Result<Self> {
+        let registers = cpu.state()?;
+        let mut bytes = [0; MAX_INSTRUCTION];
         let got = cpu.read(pc, &mut bytes);
-        // Stepping outside 64-bit mode is exact as well; only what is mended is decoded, and
-        // those encodings read the same there.
-        let instruction = decode(&bytes[..got]);
-        let kind = match kind(&instruction) {
-            // Elsewhere it faults.
-            Kind::Halt if cpu.registers()?.cpl() != 0 => Kind::Other,
-            kind => kind,
+        let effect = decode(&bytes[..got], pc, &registers);
+        let covered = (effect.kind == Kind::LoadSs).then(|| {
+            let got = cpu.read(effect.behind, &mut bytes);
+            decode(&bytes[..got], effect.behind, &registers)
+        });
+        let sleeps = event.is_none() && cpu.activity()? == Activity::Halted;
+        let phase = if sleeps { Phase::Waiting } else { Phase::Stepping };
+        let context =
+            Context { rsp: registers.rsp, cs: registers.cs.selector, cr3: registers.cr3, base: registers.cs.base };
+        let mut stepped = Stepped {
+            from: pc,
+            effect,
+            covered,
+            tf: registers.rflags & TF != 0,
+            loads: [None; 2],
+            landings: Vec::new(),
+            phase,
+            iterations: 0,
+            context,
         };
-        let leads_on = kind != Kind::Repeat && instruction.flow_control() == FlowControl::Next;
-        let waiting = cpu.activity()? == Activity::Halted;
-        Ok(Stepped { from: pc, kind, leads_on, waiting })
+        stepped.loads = [Some(effect), covered].map(|effect| loaded_tf(cpu, effect?, &registers));
+        if phase == Phase::Waiting {
+            stepped.land(pc, false);
+        } else {
+            stepped.foresee(cpu, &registers, event)?;
+        }
+        Ok(stepped)
+    }
+
+    /// Finds out where the instruction may lead that a single step would miss.
+    fn foresee<C: Cpu>(&mut self, cpu: &mut C, registers: &Registers, event: Option<u8>) -> io::Result<()> {
+        if registers.efer & LONG_MODE == 0 {
+            return Ok(());
+        }
+        let gates = Gates::read(cpu, registers);
+        if let Some(vector) = event {
+            if let Some(handler) = gates.handler(cpu, vector) {
+                self.land(handler, true);
+            }
+            return Ok(());
+        }
+        for effect in [Some(self.effect), self.covered].into_iter().flatten() {
+            let vectors: &[u8] = match effect.kind {
+                Kind::Iret(len) => {
+                    let mut rip = [0; 8];
+                    if cpu.read(registers.rsp, &mut rip[..len]) == len {
+                        self.land(u64::from_le_bytes(rip), false);
+                    }
+                    &[]
+                }
+                Kind::Syscall => {
+                    self.land(cpu.registers()?.lstar, false);
+                    &[UD]
+                }
+                Kind::Interrupt(vector) => &[vector],
+                Kind::Divide => &[0],
+                Kind::Undefined => &[UD],
+                Kind::Fpu => &[NM],
+                _ => &[],
+            };
+            // What any instruction may raise, the likeliest first: there are four slots at best.
+            for &vector in vectors.iter().chain(&[PF, GP, UD, NP]) {
+                if let Some(handler) = gates.handler(cpu, vector) {
+                    self.land(handler, true);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn land(&mut self, addr: u64, handler: bool) {
+        if !self.landings.iter().any(|known| known.addr == addr) {
+            self.landings.push(Landing { addr, handler });
+        }
+    }
+
+    /// Puts the step's own slots into `armed`, which holds what else is to be in force.
+    pub(crate) fn place(&mut self, image: &DebugImage, armed: &mut Overlay) -> Placed {
+        let mut placed = Placed::NONE;
+        let uses_memory = self.effect.uses_memory || self.covered.is_some_and(|effect| effect.uses_memory);
+        let can_lend = |held: GuestBreakpoint| match held.condition {
+            SlotCondition::Execute => held.addr != self.from && !self.landings.iter().any(|l| l.addr == held.addr),
+            SlotCondition::Write | SlotCondition::ReadWrite => !uses_memory,
+        };
+        let (suspended, free): (Vec<usize>, Vec<usize>) =
+            (0..SLOTS).filter(|&n| armed.is_free(n)).partition(|&n| image.slots()[n].is_some());
+        let mut slots = free;
+        if self.phase == Phase::Stepping {
+            slots.extend(suspended);
+            slots.extend((0..SLOTS).filter(|&n| armed.holds(n).is_some_and(can_lend)));
+        } else if slots.is_empty() {
+            self.phase = Phase::WaitingUnwatched;
+        }
+        let mut slots = slots.into_iter();
+        for landing in &self.landings {
+            // A breakpoint of somebody's there stops it as well.
+            if image.exec_slots_at(landing.addr).any(|(n, _)| armed.is_ours(n)) {
+                continue;
+            }
+            let Some(n) = slots.next() else { break };
+            if armed.lend(n, landing.addr) {
+                placed.at[n] = Some(*landing);
+            }
+        }
+        placed
+    }
+
+    /// How it is entered.
+    pub(crate) fn put_into(&self, arming: &mut Arming) {
+        arming.step = self.phase != Phase::Waiting;
+        arming.block_irq = self.phase == Phase::Stepping;
+    }
+
+    /// Whether it is entered freely, to be stopped by a slot.
+    pub(crate) fn waits(&self) -> bool {
+        self.phase == Phase::Waiting
+    }
+
+    /// How the vCPU came to where `exit` says, if the step is over there. `bs`: the exit reports
+    /// a single step.
+    pub(crate) fn arrival(&self, pc: u64, bs: bool) -> Option<Arrival> {
+        // A trap says that the instruction was done; an execution slot alone, that it was not, or
+        // that it led where no trap comes.
+        let landing = self.landings.iter().find(|landing| landing.addr == pc);
+        match landing {
+            Some(landing) if landing.handler && !bs => Some(Arrival::Handler),
+            Some(_) => Some(Arrival::Done),
+            None => bs.then_some(Arrival::Done),
+        }
     }
 
     /// Whether it is a HLT that is to be carried out in place: a step over it ends with the vCPU
     /// asleep behind it, and no two KVM flavours do that alike (law 49).
     pub(crate) fn halts(&self) -> bool {
-        self.kind == Kind::Halt && !self.waiting
-    }
-
-    /// Whether the vCPU sleeps, and so must be allowed to take an interrupt.
-    pub(crate) fn waits_for_interrupt(&self) -> bool {
-        self.waiting
+        self.effect.kind == Kind::Halt && self.phase == Phase::Stepping
     }
 
     /// Whether a trap at `pc` is one between two iterations of the instruction, not its end.
     pub(crate) fn goes_on_at(&self, pc: u64) -> bool {
-        self.kind == Kind::Repeat && pc == self.from
+        self.effect.kind == Kind::Repeat && pc == self.from
     }
 
     /// Whether a trap at `pc` says of a step that was none: some VT-x implementations trap once
     /// more without progress after they have left the guest in between (law 51).
     pub(crate) fn has_not_run_at(&self, pc: u64) -> bool {
-        self.leads_on && pc == self.from
+        self.effect.leads_on && self.effect.kind != Kind::Repeat && pc == self.from
     }
 
-    /// Puts right what the instruction did with the TF that the guest did not set.
-    pub(crate) fn end<C: Cpu>(self, cpu: &mut C) {
-        let mended = match self.kind {
-            Kind::Halt | Kind::Repeat | Kind::Other => Ok(()),
-            Kind::PushFlags(len) => scrub_pushed(cpu, len),
-            Kind::Syscall => scrub_r11(cpu),
-        };
-        if let Err(error) = mended {
+    /// Puts right what the instruction did with the TF that the guest did not set. The vCPU has
+    /// stopped at `pc`.
+    pub(crate) fn end<C: Cpu>(self, cpu: &mut C, pc: u64, arrival: Arrival) -> Outcome {
+        self.mend(cpu, pc, arrival).unwrap_or_else(|error| {
             tracing::warn!(%error, pc = self.from, "what single-step left in the guest could not be put right");
+            Outcome { tf: self.tf, owes_trap: false, faulted: false }
+        })
+    }
+
+    /// The step is given up, before the instruction was done: the guest's own TF is what it was.
+    pub(crate) fn abandon(self) -> Outcome {
+        Outcome { tf: self.tf && self.phase != Phase::Waiting, owes_trap: false, faulted: false }
+    }
+
+    fn mend<C: Cpu>(&self, cpu: &mut C, pc: u64, arrival: Arrival) -> io::Result<Outcome> {
+        let mut registers = cpu.state()?;
+        let both_ran = |covered: &Effect| pc != covered.at;
+        let mut outcome = Outcome { tf: self.tf, owes_trap: false, faulted: false };
+        if arrival == Arrival::Handler {
+            let from = [Some(self.effect), self.covered].into_iter().flatten().flat_map(|e| [e.at, e.behind]);
+            let from: Vec<u64> = from.map(|at| at.wrapping_sub(self.context.base)).collect();
+            if let Some(frame) = Frame::find(cpu, registers.rsp, self.context.cs, &from) {
+                frame.put_tf(cpu, self.tf);
+                outcome.tf = false;
+                outcome.faulted = frame.rip == from[0];
+            }
+            return Ok(outcome);
         }
-    }
-}
-
-fn decode(bytes: &[u8]) -> Instruction {
-    Decoder::new(64, bytes, DecoderOptions::NONE).decode()
-}
-
-fn kind(instruction: &Instruction) -> Kind {
-    match instruction.code() {
-        Code::Pushfq => Kind::PushFlags(8),
-        Code::Pushfd => Kind::PushFlags(4),
-        Code::Pushfw => Kind::PushFlags(2),
-        Code::Syscall => Kind::Syscall,
-        Code::Hlt => Kind::Halt,
-        _ if instruction.is_string_instruction()
-            && (instruction.has_rep_prefix() || instruction.has_repne_prefix()) =>
-        {
-            Kind::Repeat
+        self.pass(cpu, &mut registers, self.effect, self.loads[0], &mut outcome)?;
+        if let Some(covered) = self.covered.filter(both_ran) {
+            self.pass(cpu, &mut registers, covered, self.loads[1], &mut outcome)?;
         }
-        _ => Kind::Other,
+        Ok(outcome)
+    }
+
+    /// One instruction that is done: what it stored is mended, what it does to TF and to the
+    /// guest's own trap is taken over.
+    fn pass<C: Cpu>(
+        &self,
+        cpu: &mut C,
+        registers: &mut Registers,
+        effect: Effect,
+        loaded: Option<bool>,
+        outcome: &mut Outcome,
+    ) -> io::Result<()> {
+        let before = outcome.tf;
+        // The processor looks at TF before the instruction (SDM vol. 3, 18.3.1.4).
+        outcome.owes_trap = before;
+        outcome.tf = loaded.unwrap_or(before);
+        match effect.kind {
+            Kind::PushFlags(len) => put_pushed_tf(cpu, registers, len, before),
+            Kind::Syscall => {
+                let fmask = cpu.registers()?.fmask;
+                let r11 = with_tf(registers.r11, before);
+                if r11 != registers.r11 {
+                    registers.r11 = r11;
+                    cpu.set_general(registers)?;
+                }
+                outcome.tf = before && fmask & TF == 0;
+                // Here and with SYSRET it is the new TF that counts.
+                outcome.owes_trap = outcome.tf;
+            }
+            Kind::Sysret => outcome.owes_trap = outcome.tf,
+            // Held back until the next instruction is done.
+            Kind::LoadSs => outcome.owes_trap = false,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Counts a trap between two iterations of a REP; whether others are to have their turn:
+    /// interrupts now and then, the guest that steps itself each time.
+    pub(crate) fn iterated(&mut self) -> bool {
+        self.iterations += 1;
+        self.tf || self.iterations >= REP_PIECE
+    }
+
+    /// Whose instruction it is.
+    pub(crate) fn crossing(&self) -> Crossing {
+        let Context { rsp, cr3, .. } = self.context;
+        Crossing { pc: self.from, rsp, cr3 }
     }
 }
 
-fn guest_has_tf<C: Cpu>(cpu: &mut C) -> io::Result<bool> {
-    cpu.guest_debug_state().map(|(tf, _)| tf)
+impl Placed {
+    /// None at all.
+    pub(crate) const NONE: Placed = Placed { at: [None; SLOTS] };
+
+    /// The slots, one bit each.
+    pub(crate) fn mask(&self) -> u8 {
+        (0..SLOTS).filter(|&n| self.at[n].is_some()).fold(0, |mask, n| mask | 1 << n)
+    }
+
+    /// Whether one of them stopped the vCPU.
+    pub(crate) fn stopped(&self, exit: &DebugExit) -> bool {
+        let hit = |n: usize| Dr6(exit.dr6).hit(n) && self.at[n].is_some_and(|landing| landing.addr == exit.pc);
+        exit.exception == 1 && (0..SLOTS).any(hit)
+    }
 }
 
-fn scrub_pushed<C: Cpu>(cpu: &mut C, len: usize) -> io::Result<()> {
-    if guest_has_tf(cpu)? {
-        return Ok(());
-    }
-    let Registers { rsp, ss, .. } = cpu.registers()?;
-    let top = rsp.wrapping_add(ss.base);
+/// The TF that the instruction is about to load, if it loads RFLAGS.
+fn loaded_tf<C: Cpu>(cpu: &mut C, effect: Effect, registers: &Registers) -> Option<bool> {
+    let (at, len) = match effect.kind {
+        Kind::PopFlags(len) => (0, len),
+        Kind::Iret(len) => (2 * len as u64, len),
+        Kind::Sysret => return Some(registers.r11 & TF != 0),
+        _ => return None,
+    };
+    let top = stack_base(registers).wrapping_add(registers.rsp).wrapping_add(at);
+    let mut image = [0; 8];
+    (cpu.read(top, &mut image[..len]) == len).then(|| u64::from_le_bytes(image) & TF != 0)
+}
+
+fn put_pushed_tf<C: Cpu>(cpu: &mut C, registers: &Registers, len: usize, tf: bool) {
+    let top = stack_base(registers).wrapping_add(registers.rsp);
     let mut image = [0; 8];
     if cpu.read(top, &mut image[..len]) == len {
         let flags = u64::from_le_bytes(image);
-        if flags & TF != 0 {
-            cpu.write(top, &(flags & !TF).to_le_bytes()[..len]);
+        let wanted = with_tf(flags, tf);
+        if wanted != flags {
+            cpu.write(top, &wanted.to_le_bytes()[..len]);
         }
     }
-    Ok(())
 }
 
-fn scrub_r11<C: Cpu>(cpu: &mut C) -> io::Result<()> {
-    let mut registers = cpu.registers()?;
-    if registers.r11 & TF != 0 {
-        registers.r11 &= !TF;
-        cpu.set_registers(&registers)?;
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn kind(bytes: &[u8]) -> Kind {
-        super::kind(&decode(bytes))
-    }
-
-    #[test]
-    fn l45_instructions_that_store_rflags_are_known() {
-        assert_eq!(kind(&[0x9c]), Kind::PushFlags(8));
-        assert_eq!(kind(&[0x66, 0x9c]), Kind::PushFlags(2));
-        assert_eq!(kind(&[0x0f, 0x05]), Kind::Syscall);
-        assert_eq!(kind(&[0xf4]), Kind::Halt);
-        assert_eq!(kind(&[0x90]), Kind::Other);
-        assert_eq!(kind(&[0xf3, 0xaa]), Kind::Repeat);
-        assert_eq!(kind(&[0xf3, 0x48, 0xa5]), Kind::Repeat);
-        assert_eq!(kind(&[0xf2, 0xae]), Kind::Repeat);
-        assert_eq!(kind(&[0xaa]), Kind::Other);
-        assert_eq!(kind(&[0xf3, 0x90]), Kind::Other, "PAUSE");
-        assert_eq!(kind(&[]), Kind::Other);
-        assert_eq!(kind(&[0x0f]), Kind::Other);
-    }
+/// SS.base, which 64-bit code does without.
+fn stack_base(registers: &Registers) -> u64 {
+    const CODE_64: u32 = 1 << 13;
+    let long = registers.efer & LONG_MODE != 0 && registers.cs.attributes & CODE_64 != 0;
+    if long { 0 } else { registers.ss.base }
 }

@@ -18,14 +18,22 @@ use std::io;
 use super::Registers;
 use super::cpu::{Arming, Cpu, Exit};
 use super::guest_level::GuestLevel;
+use super::over;
 use super::protocol::{Answer, Command, Event, Message, Reply, Request};
-use super::step::Stepped;
+use super::step::{Arrival, Crossing, DB, Outcome, Placed, Stepped};
 use crate::debug::{
-    Breakpoint, Causes, Crash, DebugExit, DebugImage, Disposition, Dr7, GuestState, Hit, Level, Notice, Overlay, Owner,
-    Piece, RunMode, Slot, SlotCondition, SlotOwner, Stop, StopReason, Trigger, VcpuId, classify,
+    Breakpoint, Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Dr7, Expectation, GuestState, Hit, Level,
+    Notice, Overlay, Owner, Piece, RunMode, Slot, SlotCondition, SlotOwner, Stop, StopReason, Trigger, VcpuId,
+    classify,
 };
 use crate::limits::PAGE_SIZE;
 use crate::sync::{Arc, mpsc};
+
+/// RFLAGS.TF.
+const TF: u64 = 1 << 8;
+/// RFLAGS.RF: set in the frame of a fault and of an interrupted REP, so that an execution
+/// breakpoint does not trigger again on the way back. Not every KVM heeds it.
+const RF: u64 = 1 << 16;
 
 enum State {
     Parked,
@@ -37,6 +45,15 @@ struct Entry {
     from: u64,
     stepping: bool,
     armed: Overlay,
+    /// The step's own slots.
+    placed: Placed,
+}
+
+impl Entry {
+    /// This and nothing else.
+    fn free(armed: Overlay) -> Self {
+        Entry { from: 0, stepping: false, armed, placed: Placed::NONE }
+    }
 }
 
 /// The last stop, for as long as the vCPU has not left the place.
@@ -81,9 +98,14 @@ pub(crate) struct VcpuThread<C> {
     incomplete: bool,
     /// The instruction that is being stepped, from its first entry until it is done.
     stepped: Option<Stepped>,
+    /// The guest steps itself, and is owed its #DB for the instruction before this pc (law 46).
+    owes_trap_at: Option<u64>,
+    /// A crossing that was told and is not over: its instruction has faulted, or is a REP that was
+    /// interrupted. The guest may be about to come back to it (law 42).
+    unfinished: Option<Crossing>,
     /// The guest's own debug registers.
     guest: GuestLevel,
-    /// It kicks itself now and then.
+    /// It kicks itself now and then, to look at them.
     kicks_itself: bool,
     /// It was logged that no slot is left for the guest.
     said_lost: bool,
@@ -110,6 +132,8 @@ impl<C: Cpu> VcpuThread<C> {
             told: None,
             incomplete: false,
             stepped: None,
+            owes_trap_at: None,
+            unfinished: None,
             guest: GuestLevel::default(),
             kicks_itself: false,
             said_lost: false,
@@ -207,7 +231,7 @@ impl<C: Cpu> VcpuThread<C> {
     fn install(&mut self, image: Arc<DebugImage>) -> io::Result<()> {
         // With nothing armed the guest's registers were nobody's business.
         self.guest.look(&mut self.cpu)?;
-        let overlay = self.guest.overlay(&image, 0);
+        let overlay = self.guest.overlay(&image);
         let arming = Arming::run(&image, &overlay);
         // On failure KVM has kept what it had, and so does this thread.
         self.cpu.arm(&arming)?;
@@ -216,6 +240,18 @@ impl<C: Cpu> VcpuThread<C> {
         self.tell_lost(&overlay);
         self.kick_itself_if_needed();
         Ok(())
+    }
+
+    /// What is armed for running on: the image, and the guest's own beside it.
+    fn overlay(&self) -> Overlay {
+        self.guest.overlay(&self.image)
+    }
+
+    /// Arms that and nothing else.
+    fn arm_to_run(&mut self) -> io::Result<Overlay> {
+        let overlay = self.overlay();
+        self.arm(Arming::run(&self.image, &overlay))?;
+        Ok(overlay)
     }
 
     fn resume(&mut self, mode: RunMode) {
@@ -231,15 +267,29 @@ impl<C: Cpu> VcpuThread<C> {
     fn park(&mut self) -> io::Result<()> {
         self.settle();
         self.state = State::Parked;
-        self.stepped = None;
         self.kick_itself_if_needed();
-        self.arm(Arming::run(&self.image, &self.guest.overlay(&self.image, 0)))
+        self.arm_to_run()?;
+        match self.stepped.take() {
+            Some(stepped) => self.give_back_tf(stepped.abandon()),
+            None => Ok(()),
+        }
+    }
+
+    /// The guest's own TF, which KVM has dropped with the step. Nothing steps any more.
+    fn give_back_tf(&mut self, outcome: Outcome) -> io::Result<()> {
+        if !outcome.tf {
+            return Ok(());
+        }
+        self.arm_to_run()?;
+        let mut registers = self.cpu.state()?;
+        registers.rflags |= TF;
+        self.cpu.set_general(&registers)
     }
 
     /// Completes a served access. What surfaces meanwhile is an event of its own.
     fn settle(&mut self) {
         while std::mem::take(&mut self.incomplete) {
-            let entry = Entry { from: 0, stepping: false, armed: self.guest.overlay(&self.image, 0) };
+            let entry = Entry::free(self.overlay());
             match self.cpu.complete() {
                 Exit::Kicked => {}
                 exit => self.handle(exit, &entry, RunMode::Continue),
@@ -259,16 +309,20 @@ impl<C: Cpu> VcpuThread<C> {
 
     /// One entry into the guest.
     fn run_once(&mut self, mode: RunMode) {
+        self.let_the_guests_own_come_first();
+        if self.is_over_in_place(mode) {
+            return;
+        }
         let entry = match self.prepare(mode) {
             Ok(entry) => entry,
             Err(error) => {
-                let errno = error.raw_os_error().unwrap_or(0);
-                return self.stop(StopReason::Crash(crate::debug::Crash::RunFailed { errno }));
+                let error = error.to_string();
+                return self.stop(StopReason::Crash(Crash::EntryFailed { error }));
             }
         };
         if self.halts(&entry) {
             match self.cpu.halt() {
-                Ok(()) => return self.step_done(mode),
+                Ok(()) => return self.step_done(Arrival::Done, mode),
                 Err(error) => tracing::warn!(vcpu = self.id.0, %error, "HLT could not be carried out; KVM steps it"),
             }
         }
@@ -278,41 +332,55 @@ impl<C: Cpu> VcpuThread<C> {
         self.handle(exit, &entry, mode);
     }
 
+    /// Gets off a breakpoint that was told without an entry, if its instruction allows that (law 41).
+    fn is_over_in_place(&mut self, mode: RunMode) -> bool {
+        let on = self.told.filter(|told| told.crossing && mode == RunMode::Continue && self.stepped.is_none());
+        // What is not armed as for running on may hide the guest's TF.
+        let over = match on {
+            Some(told) => self.arm_to_run().and_then(|_| over::in_place(&mut self.cpu, &self.image, told.pc)),
+            None => return false,
+        };
+        // The step that is tried next tells what went wrong.
+        let done = over.unwrap_or(false);
+        if done {
+            self.told = None;
+        }
+        done
+    }
+
     /// Decides what to arm for the next entry and arms it: the slots, less those that this vCPU
     /// stands on and was stopped at, and single-step if that is wanted or needed.
     fn prepare(&mut self, mode: RunMode) -> io::Result<Entry> {
-        if self.guest.pay(&mut self.cpu)? {
-            self.armed = None;
-        }
         let wants_step = mode != RunMode::Continue;
-        if !wants_step && self.told.is_none() && self.guest.passes_at().is_none() {
-            let armed = self.guest.overlay(&self.image, 0);
-            self.arm(Arming::run(&self.image, &armed))?;
+        if !wants_step && self.told.is_none() && self.owes_trap_at.is_none() && !self.guest.is_owed() {
+            let armed = self.arm_to_run()?;
             self.tell_lost(&armed);
-            return Ok(Entry { from: 0, stepping: false, armed });
+            return Ok(Entry::free(armed));
         }
+        let event = self.pay_guest()?.then_some(DB);
         let from = self.cpu.pc()?;
-        let passes = self.guest.passes_at() == Some(from);
-        if !passes {
-            self.guest.pass(None);
-        }
-        let told = self.told.filter(|told| told.pc == from);
+        let told = self.told.filter(|told| told.pc == from && event.is_none());
         let suspended = told.map_or(0, |told| self.heard(from, told.crossing));
-        let stepping = wants_step || suspended != 0 || passes || told.is_some_and(|told| told.crossing);
+        let crossing = told.is_some_and(|told| told.crossing);
+        let stepping = wants_step || suspended != 0 || crossing;
         // Once it runs freely it may come back here, and that is news.
         self.told = told.filter(|_| stepping);
-        let armed = self.guest.overlay(&self.image, suspended);
-        let mut arming = Arming::run(&self.image, &armed);
-        if stepping {
-            if self.stepped.is_none() {
-                self.stepped = Some(Stepped::begin(&mut self.cpu, from)?);
-            }
-            arming.step = true;
-            // A halted vCPU is woken by nothing but an interrupt.
-            arming.block_irq = !self.stepped.as_ref().is_some_and(Stepped::waits_for_interrupt);
+        if !stepping {
+            return Ok(Entry { from, ..Entry::free(self.arm_to_run()?) });
         }
+        let mut stepped = match self.stepped.take() {
+            Some(stepped) => stepped,
+            None => Stepped::begin(&mut self.cpu, from, event)?,
+        };
+        // What the guest itself has here has had its turn: it comes before the crossing is over.
+        let mut armed = self.guest.overlay_for_step(&self.image, suspended, crossing.then_some(from));
+        let placed = stepped.place(&self.image, &mut armed);
+        let armed = armed.or_off();
+        let mut arming = Arming::run(&self.image, &armed);
+        stepped.put_into(&mut arming);
+        self.stepped = Some(stepped);
         self.arm(arming)?;
-        Ok(Entry { from, stepping, armed })
+        Ok(Entry { from, stepping: arming.step, armed, placed })
     }
 
     /// The execution slots at `pc` that have had their say, one bit each: all of them after a hit,
@@ -326,21 +394,26 @@ impl<C: Cpu> VcpuThread<C> {
 
     /// Whether the step is over a HLT that no armed slot stops at first.
     fn halts(&self, entry: &Entry) -> bool {
-        entry.stepping
-            && self.stepped.as_ref().is_some_and(Stepped::halts)
-            && !self.image.exec_slots_at(entry.from).any(|(n, _)| entry.armed.is_ours(n))
+        entry.stepping && self.stepped.as_ref().is_some_and(Stepped::halts) && !entry.armed.stops_at(entry.from)
     }
 
-    fn handle(&mut self, exit: Exit, entry: &Entry, mode: RunMode) {
+    fn handle(&mut self, mut exit: Exit, entry: &Entry, mode: RunMode) {
         self.look_after(&exit, entry);
+        // A port or MMIO access that is stepped is completed at once: on some paths KVM reports no
+        // #DB for it (law 50). It may consist of several exits.
+        while entry.stepping && matches!(exit, Exit::Served(None)) {
+            exit = self.cpu.complete();
+            if matches!(exit, Exit::Kicked) {
+                // It is done once RIP has moved; a REP that stays is stepped further.
+                if self.cpu.pc().is_ok_and(|pc| pc != entry.from) {
+                    self.step_done(Arrival::Done, mode);
+                }
+                return;
+            }
+        }
         match exit {
             Exit::Kicked | Exit::Again => {}
-            Exit::Served(None) => {
-                self.incomplete = true;
-                if entry.stepping {
-                    self.complete_step(entry, mode);
-                }
-            }
+            Exit::Served(None) => self.incomplete = true,
             Exit::Served(Some(reason)) => {
                 self.incomplete = true;
                 self.settle();
@@ -352,65 +425,71 @@ impl<C: Cpu> VcpuThread<C> {
         }
     }
 
-    /// A port or MMIO access was stepped: on some paths KVM reports no #DB for it (law 50). The
-    /// instruction is done once RIP has moved; a REP that stays is stepped further.
-    fn complete_step(&mut self, entry: &Entry, mode: RunMode) {
-        self.incomplete = false;
-        match self.cpu.complete() {
-            Exit::Kicked => {
-                if self.cpu.pc().is_ok_and(|pc| pc != entry.from) {
-                    self.step_done(mode);
-                }
-            }
-            exit => self.handle(exit, entry, mode),
-        }
-    }
-
     fn trapped(&mut self, exit: DebugExit, entry: &Entry, mode: RunMode) {
-        let mut view = self.guest.view(&mut self.cpu, exit.pc);
-        let causes = classify(exit, &self.image, &entry.armed, entry.stepping, &mut view);
-        let Causes { step, mut hits, guest_db, guest_bp, access, pass, wanted, idle } = causes;
+        let stopped_by_step = entry.placed.stopped(&exit);
+        if stopped_by_step && self.stepped.as_ref().is_some_and(Stepped::waits) {
+            // It is awake, and what woke it has been handled: now for the step itself.
+            self.stepped = None;
+            return;
+        }
+        let Causes { step, hits, guest_db, guest_bp, access, pass, wanted, idle } =
+            self.causes(exit, entry, stopped_by_step);
         self.guest.heard(wanted, idle);
         if access {
             return self.access(exit.pc, entry, mode);
         }
         if let Some(causes) = guest_db {
-            self.owe(causes, exit.pc, mode);
+            self.guest.owe(causes);
+            if !step {
+                self.is_interrupted(exit.pc);
+            }
         }
         if guest_bp {
             self.reflect(|cpu| cpu.reflect_bp());
         }
         if pass {
-            self.guest.pass(Some(exit.pc));
-        }
-        if self.comes_back(&hits, exit.pc) {
+            // The instruction is stepped over, as is one whose crossing was told.
             self.told = Some(Told { pc: exit.pc, crossing: true });
-            hits.clear();
         }
-        if hits.is_empty() {
-            // Who steps over a breakpoint steps over all iterations: they are one crossing.
-            let goes_on = self.stepped.as_ref().is_some_and(|stepped| {
-                stepped.has_not_run_at(exit.pc) || stepped.goes_on_at(exit.pc) && mode == RunMode::Continue
-            });
-            if step && !goes_on {
-                self.step_done(mode);
-            }
+        if !hits.is_empty() && self.is_back(&exit) {
+            // The crossing that was told goes on; its slot is suspended again, and it is stepped.
+            self.told = Some(Told { pc: exit.pc, crossing: true });
             return;
+        }
+        let is_here = stopped_by_step || !hits.is_empty();
+        let arrival = match &self.stepped {
+            Some(stepped) if step || is_here && entry.stepping => stepped.arrival(exit.pc, step),
+            _ => None,
+        };
+        if hits.is_empty() {
+            let Some(arrival) = arrival else { return };
+            let Some(stepped) = &mut self.stepped else { return };
+            if stepped.has_not_run_at(exit.pc) && arrival == Arrival::Done {
+                return;
+            }
+            // Who steps over a breakpoint steps over all iterations: they are one crossing.
+            if stepped.goes_on_at(exit.pc) && mode == RunMode::Continue {
+                if stepped.iterated()
+                    && let Err(error) = self.breathe(exit.pc)
+                {
+                    tracing::warn!(vcpu = self.id.0, %error, "a REP could not be interrupted");
+                }
+                return;
+            }
+            return self.step_done(arrival, mode);
         }
         // A watchpoint says nothing about the instruction behind the access (law 22), and does not
         // end a crossing either while a REP goes on.
         let crossing = hits.iter().any(|(behind, _)| behind.request.on == Trigger::Execute);
         let gdb_knows = self.told.is_some_and(|told| told.pc == exit.pc);
+        let crossed = self.told.is_some_and(|told| told.crossing);
         let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(exit.pc));
-        if crossing {
-            self.guest.crosses(exit.pc);
-        }
         if crossing || !goes_on {
             self.told = crossing.then_some(Told { pc: exit.pc, crossing });
         }
-        if step {
+        if let Some(arrival) = arrival {
             // The instruction is done too; the hit is the reason that is told.
-            self.end_step();
+            self.end_step(arrival, exit.pc, crossed);
         }
         let mut stops: Vec<Stop> = Vec::new();
         for (behind, addr) in hits {
@@ -430,9 +509,48 @@ impl<C: Cpu> VcpuThread<C> {
         }
         if !stops.is_empty() {
             self.stop_for(stops);
-        } else if step {
+        } else if arrival.is_some() {
             self.tell_step(mode);
         }
+    }
+
+    /// Whose trap it was, the step's own slots aside.
+    fn causes(&mut self, exit: DebugExit, entry: &Entry, stopped_by_step: bool) -> Causes {
+        let dr6 = exit.dr6 & !u64::from(entry.placed.mask());
+        let nothing_else = Dr6(dr6).causes() == 0;
+        if stopped_by_step && nothing_else {
+            return Causes::default();
+        }
+        let exit = DebugExit { dr6, ..exit };
+        let expect = Expectation { stepping: entry.stepping, arrived: stopped_by_step };
+        let mut view = self.guest.view(&mut self.cpu, exit.pc);
+        classify(exit, &self.image, &entry.armed, expect, &mut view)
+    }
+
+    /// Whether the vCPU has come back to an instruction that was told of and has faulted.
+    fn is_back(&mut self, exit: &DebugExit) -> bool {
+        let Some(crossing) = self.unfinished.filter(|crossing| crossing.pc == exit.pc) else { return false };
+        let Ok(registers) = self.cpu.state() else { return false };
+        if !crossing.is_of(&registers) {
+            return false;
+        }
+        self.unfinished = None;
+        // Where it has been left for good, the next time at this place is another crossing.
+        registers.rflags & RF != 0
+    }
+
+    /// Lets interrupts have their turn between two iterations of the REP at `pc`, which is a
+    /// breakpoint's and stepped over. With RF it runs on, or is back at once.
+    fn breathe(&mut self, pc: u64) -> io::Result<()> {
+        let Some(stepped) = self.stepped.take() else { return Ok(()) };
+        self.told = None;
+        self.unfinished = Some(stepped.crossing());
+        self.finish(stepped, Arrival::Done, pc);
+        self.arm_to_run()?;
+        let mut registers = self.cpu.state()?;
+        registers.rflags |= RF;
+        self.armed = None;
+        self.cpu.set_general(&registers)
     }
 
     /// What the owner's handler says about a hit; without one, a hit is a stop.
@@ -442,17 +560,32 @@ impl<C: Cpu> VcpuThread<C> {
         handler.call(&mut Hit { owner, request, vcpu, pc, state: &mut HitState(&mut self.cpu) })
     }
 
-    fn end_step(&mut self) {
-        self.guest.pass(None);
-        if let Some(stepped) = self.stepped.take() {
-            stepped.end(&mut self.cpu);
-            self.armed = None;
+    /// The step is over, at `pc`; `crossing`: that of a breakpoint that was told.
+    fn end_step(&mut self, arrival: Arrival, pc: u64, crossing: bool) {
+        let Some(stepped) = self.stepped.take() else { return };
+        let told = stepped.crossing();
+        if self.finish(stepped, arrival, pc).faulted && crossing {
+            self.unfinished = Some(told);
         }
     }
 
-    /// The stepped instruction is done: tell, or go on if it was only to get off a breakpoint.
-    fn step_done(&mut self, mode: RunMode) {
-        self.end_step();
+    fn finish(&mut self, stepped: Stepped, arrival: Arrival, pc: u64) -> Outcome {
+        let outcome = stepped.end(&mut self.cpu, pc, arrival);
+        self.armed = None;
+        self.owes_trap_at = outcome.owes_trap.then_some(pc);
+        if let Err(error) = self.give_back_tf(outcome) {
+            tracing::warn!(vcpu = self.id.0, %error, "the guest's own TF could not be put back");
+        }
+        outcome
+    }
+
+    /// The stepped instruction is over: tell, or go on if it was only to get off a breakpoint.
+    fn step_done(&mut self, arrival: Arrival, mode: RunMode) {
+        let crossing = self.told.is_some_and(|told| told.crossing);
+        match self.cpu.pc() {
+            Ok(pc) => self.end_step(arrival, pc, crossing),
+            Err(error) => tracing::warn!(vcpu = self.id.0, %error, "where the step ended could not be read"),
+        }
         self.told = None;
         self.tell_step(mode);
     }

@@ -11,7 +11,8 @@ use trapline_vmm::limits::MIB;
 use trapline_vmm::vcpu::Registers;
 use trapline_vmm::{Vm, VmConfig};
 
-use crate::clock::wait_for;
+use crate::clock::wait_with;
+use crate::inquest::threads;
 use crate::lane::Need;
 
 /// Decides, before each arming of a vCPU, whether it fails.
@@ -42,7 +43,7 @@ impl Booted {
     pub(crate) fn counting_demo(cpus: u32, hook: Option<ArmHook>) -> Self {
         let mut demo = Self::new(trapline_guests::demo(), cpus, "quiet", ap_start(), hook);
         demo.go();
-        wait_for("all CPUs to count", || (0..cpus).all(|cpu| demo.count(cpu) > 0).then_some(()));
+        demo.wait_for("all CPUs to count", |demo| (0..cpus).all(|cpu| demo.count(cpu) > 0).then_some(()));
         demo.vm.stop().unwrap();
         demo
     }
@@ -117,7 +118,43 @@ impl Booted {
     }
 
     pub(crate) fn wait(&mut self) -> Stop {
-        wait_for("a stop", || self.vm.poll().unwrap())
+        self.wait_for("a stop", |booted| booted.vm.poll().unwrap())
+    }
+
+    /// Waits for something of the guest; if it was in vain, the failure says how all stands.
+    pub(crate) fn wait_for<T>(&mut self, what: &str, look: impl FnMut(&mut Self) -> Option<T>) -> T {
+        wait_with(self, what, look, Self::inquest)
+    }
+
+    /// How all stands, for a failure: the threads, what the vCPUs did and where they are, the
+    /// console. Stops the world.
+    fn inquest(&mut self) -> String {
+        // Only the demo guest counts there.
+        let cpus = if symbol(self.image, "count_up_here").is_some() { self.cpus() } else { 0 };
+        let counts = |booted: &Self| -> Vec<u64> { (0..cpus).map(|cpu| booted.count(cpu)).collect() };
+        let before = counts(self);
+        let threads = threads();
+        let counted: Vec<u64> = counts(self).iter().zip(before).map(|(now, then)| now.wrapping_sub(then)).collect();
+        let mut text = format!("{threads}\nrunning: {}; counted meanwhile: {counted:?}", self.vm.is_running());
+        text += &format!("\nbreakpoints: {:x?}; stopping it gives {:x?}", self.vm.breakpoints(), self.vm.stop());
+        while let Ok(Some(stop)) = self.vm.poll() {
+            text += &format!("\nuntold: {stop:x?}");
+        }
+        for cpu in 0..self.cpus() {
+            let activity = self.vm.activity(VcpuId(cpu));
+            let registers = self.vm.registers(VcpuId(cpu));
+            let place = registers.map(|r| (self.name(r.pc()), r.rflags, r.dr6, r.dr7));
+            text += &format!("\nvCPU {cpu}: {activity:?}, pc, RFLAGS, DR6 and DR7 {place:x?}");
+        }
+        text += &format!("\ncounts: {:?}", counts(self));
+        text + &format!("\n---- end of the console\n{}\n----", tail(&self.console()))
+    }
+
+    /// The symbol of the guest at or before `addr`.
+    fn name(&self, addr: u64) -> String {
+        let symbols = trapline_guests::symbols(self.image);
+        let before = symbols.iter().filter(|symbol| symbol.1 <= addr).max_by_key(|symbol| symbol.1);
+        before.map_or(format!("{addr:#x}"), |(name, start)| format!("{name}+{:#x}", addr - start))
     }
 
     pub(crate) fn set(&mut self, breakpoint: Breakpoint) {
@@ -156,6 +193,11 @@ impl Booted {
     pub(crate) fn console(&self) -> String {
         String::from_utf8_lossy(&self.console.lock().unwrap()).into_owned()
     }
+}
+
+fn tail(text: &str) -> &str {
+    let from = text.char_indices().rev().nth(2000).map_or(0, |(at, _)| at);
+    &text[from..]
 }
 
 /// APs start as on a PC, where debugging that start does not take the machine along.

@@ -3,17 +3,29 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::inquest::threads;
+
 /// Long enough for a loaded machine that emulates another one.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Looks again and again until `look` finds something.
 pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    wait_with(&mut (), what, |()| look(), |()| threads())
+}
+
+/// As [`wait_for`], with something to look at; if it was in vain, `tell` says how that stands.
+pub(crate) fn wait_with<W, T>(
+    world: &mut W,
+    what: &str,
+    mut look: impl FnMut(&mut W) -> Option<T>,
+    tell: impl FnOnce(&mut W) -> String,
+) -> T {
     let started = Instant::now();
     loop {
-        if let Some(found) = look() {
+        if let Some(found) = look(world) {
             return found;
         }
-        assert!(started.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain for {what}");
+        assert!(started.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain for {what}; {}", tell(world));
         std::thread::sleep(Duration::from_micros(200));
     }
 }

@@ -12,10 +12,12 @@ mod arming;
 mod booted;
 mod clock;
 mod guest;
+mod inquest;
 mod lane;
 mod law;
 mod lifecycle;
 mod once;
+mod over;
 mod rig;
 mod spy;
 mod step;
@@ -45,6 +47,7 @@ fn all() -> Vec<Law> {
         arming::laws(),
         update::laws(),
         once::laws(),
+        over::laws(),
         stop_all::laws(),
         guest::laws(),
         traps::laws(),

@@ -291,7 +291,7 @@ pub(crate) fn name(addr: u64) -> String {
 }
 
 /// A virtual machine with the fixture in its memory.
-fn bare_machine() -> (VmFd, GuestRam) {
+pub(crate) fn bare_machine() -> (VmFd, GuestRam) {
     let kvm = Kvm::new().unwrap();
     let ram = GuestRam::new(fixture::MEMORY).unwrap();
     let file = object::File::parse(fixture::image()).unwrap();
@@ -322,7 +322,7 @@ fn bare_machine() -> (VmFd, GuestRam) {
     (vm, ram)
 }
 
-fn vcpu(vm: &VmFd, n: u32, cpus: u32, begin: Begin) -> VcpuFd {
+pub(crate) fn vcpu(vm: &VmFd, n: u32, cpus: u32, begin: Begin) -> VcpuFd {
     let kvm = Kvm::new().unwrap();
     let fd = vm.create_vcpu(n.into()).unwrap();
     let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();

@@ -5,8 +5,8 @@ use std::io;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-use trapline_vmm::debug::{Dr6, GuestRegisters};
-use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Raised, Registers};
+use trapline_vmm::debug::{Dr6, General, GuestRegisters};
+use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Raised, Registers, Standing};
 
 use crate::clock::{Monitor, PATIENCE};
 
@@ -28,6 +28,8 @@ pub(crate) struct Notes {
     pub(crate) stepped: u64,
     /// Times the vCPU was told that time had been stolen.
     pub(crate) resumed: u64,
+    /// Instructions carried out in place.
+    pub(crate) advanced: u64,
     /// Exceptions given to the guest.
     pub(crate) reflected: u64,
     /// The next so many calls of `arm` fail.
@@ -211,6 +213,16 @@ impl Cpu for Spied {
         self.cpu.set_registers(registers)
     }
 
+    fn state(&mut self) -> io::Result<Registers> {
+        self.spy.visit();
+        self.cpu.state()
+    }
+
+    fn set_general(&mut self, registers: &Registers) -> io::Result<()> {
+        self.spy.visit();
+        self.cpu.set_general(registers)
+    }
+
     fn activity(&mut self) -> io::Result<Activity> {
         self.spy.visit();
         self.cpu.activity()
@@ -248,19 +260,14 @@ impl Cpu for Spied {
         self.cpu.reflect_bp()
     }
 
-    fn guest_debug_state(&mut self) -> io::Result<(bool, u64)> {
-        self.spy.visit();
-        self.cpu.guest_debug_state()
-    }
-
     fn guest_registers(&mut self) -> io::Result<GuestRegisters> {
         self.spy.visit();
         self.cpu.guest_registers()
     }
 
-    fn rflags(&mut self) -> io::Result<u64> {
+    fn set_guest_registers(&mut self, registers: &GuestRegisters) -> io::Result<()> {
         self.spy.visit();
-        self.cpu.rflags()
+        self.cpu.set_guest_registers(registers)
     }
 
     fn raise(&mut self, event: Raised, len: u64) -> io::Result<()> {
@@ -277,6 +284,17 @@ impl Cpu for Spied {
     fn kick_itself(&mut self, often: bool) -> io::Result<()> {
         self.spy.visit();
         self.cpu.kick_itself(often)
+    }
+
+    fn standing(&mut self) -> io::Result<Option<Standing>> {
+        self.spy.visit();
+        self.cpu.standing()
+    }
+
+    fn advance(&mut self, to: &General) -> io::Result<()> {
+        self.spy.visit();
+        self.spy.0.change(|notes| notes.advanced += 1);
+        self.cpu.advance(to)
     }
 
     fn resumed(&mut self) {

@@ -5,13 +5,9 @@ use trapline_vmm::debug::{Breakpoint, RunMode, StopReason, VcpuId};
 use trapline_vmm::vcpu::Activity;
 
 use crate::clock::wait_for;
-use crate::lane::Flavour::{self, Amd, Intel, Pvm};
-use crate::lane::Need::{Issue3On, Kick, StepInRing3};
+use crate::lane::Need::{Kick, StepInRing3};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, name, send_nmi};
-
-/// Every flavour of KVM that there is a lane for.
-const ALL: &[Flavour] = &[Pvm, Amd, Intel];
 
 /// RFLAGS.TF.
 const TF: u64 = 1 << 8;
@@ -22,16 +18,16 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l44_a_whole_function_is_stepped_instruction_by_instruction),
         law!(l45_a_stepped_pushf_stores_no_trap_flag),
         law!(l45_a_stepped_pushf_stores_no_trap_flag_in_ring_3, StepInRing3),
-        law!(l45_a_stepped_fault_leaves_no_trap_flag_in_its_frame, Issue3On(ALL)),
+        law!(l45_a_stepped_fault_leaves_no_trap_flag_in_its_frame),
         law!(l45_a_stepped_syscall_leaves_no_trap_flag_in_r11, StepInRing3),
-        law!(l46_the_guests_own_trap_flag_survives_a_step, Issue3On(ALL)),
+        law!(l46_the_guests_own_trap_flag_survives_a_step),
         law!(l48_an_interrupt_during_a_continue_is_not_a_stop, Kick),
         law!(l49_step_over_mov_ss_lands_behind_it),
         law!(l49_step_over_sti_lands_behind_it),
         law!(l49_step_over_hlt_lands_behind_it_and_sleeps, Kick),
-        law!(l49_step_over_iret_lands_on_its_target, Issue3On(&[Pvm, Intel])),
-        law!(l49_step_over_a_fault_lands_on_the_handler, Issue3On(ALL)),
-        law!(l49_step_over_an_undefined_instruction_lands_on_the_handler, Issue3On(ALL)),
+        law!(l49_step_over_iret_lands_on_its_target),
+        law!(l49_step_over_a_fault_lands_on_the_handler),
+        law!(l49_step_over_an_undefined_instruction_lands_on_the_handler),
         law!(l49_step_over_rep_ends_behind_it),
         law!(l49_step_over_a_long_rep_ends_behind_it),
         law!(l49_step_over_call_lands_in_the_function),

@@ -65,39 +65,65 @@ impl<C: Cpu> VcpuThread<C> {
         }
     }
 
-    /// The guest is to get a #DB of its own, raised at `pc`.
-    pub(super) fn owe(&mut self, causes: u64, pc: u64, mode: RunMode) {
-        self.guest.owe(causes);
-        self.interrupted_by_its_own(pc, mode);
+    /// Gives the guest the #DB that it is owed; whether there was one. To be called right before
+    /// the vCPU is armed: who writes registers in between loses it (law 7).
+    pub(super) fn pay_guest(&mut self) -> io::Result<bool> {
+        // For the instruction that the debugger stepped while the guest stepped itself (law 46).
+        if let Some(at) = self.owes_trap_at.filter(|_| self.stepped.is_none()) {
+            let is_there = self.cpu.pc()? == at;
+            self.owes_trap_at = None;
+            if is_there {
+                self.guest.owe(Dr6::BS);
+            }
+        }
+        let pays = self.guest.pay(&mut self.cpu)?;
+        if pays {
+            self.armed = None;
+        }
+        Ok(pays)
     }
 
-    /// The instruction at `pc` raises something of the guest's own: its handler comes first, and
-    /// a breakpoint that was about to be stepped off there is met again behind it.
-    fn interrupted_by_its_own(&mut self, pc: u64, mode: RunMode) {
-        if self.told.is_some_and(|told| told.pc == pc && told.crossing) {
+    /// The vCPU stands on a crossing that was told, and the guest has a breakpoint there too: now
+    /// it is the guest's turn, and only then the instruction's.
+    pub(super) fn let_the_guests_own_come_first(&mut self) {
+        let Some(told) = self.told.filter(|told| told.crossing && self.stepped.is_none()) else { return };
+        if !self.guest.may_stop_at(told.pc) || self.cpu.pc().ok() != Some(told.pc) {
+            return;
+        }
+        let Ok(registers) = self.cpu.state() else { return };
+        self.look();
+        let causes = self.guest.stops_at(told.pc);
+        if causes != 0 && registers.rflags & RF == 0 {
+            self.guest.owe(causes);
+            self.unfinished = Some(Crossing::at(told.pc, &registers));
             self.told = None;
         }
-        if mode == RunMode::Continue {
-            self.stepped = None;
-        }
     }
 
-    /// Whether execution slots hit at `pc` that were told before the guest's own handler ran.
-    pub(super) fn comes_back(&mut self, hits: &[(SlotOwner, u64)], pc: u64) -> bool {
-        hits.iter().any(|(behind, _)| behind.request.on == Trigger::Execute)
-            && self.guest.has_crossed(&mut self.cpu, pc)
+    /// What the guest raised itself at `pc` comes before the instruction there, and ends a step of
+    /// ours that was to be over it. A crossing that was told there goes on behind the handler.
+    pub(super) fn is_interrupted(&mut self, pc: u64) {
+        let crosses = self.told.is_some_and(|told| told.pc == pc && told.crossing);
+        let Some(stepped) = self.stepped.take() else { return };
+        if crosses {
+            self.told = None;
+            self.unfinished = Some(stepped.crossing());
+        }
+        if let Err(error) = self.give_back_tf(stepped.abandon()) {
+            tracing::warn!(vcpu = self.id.0, %error, "the guest's own TF could not be put back");
+        }
     }
 
     /// The instruction at `pc` accesses a debug register, and the overlay has made it exit.
     pub(super) fn access(&mut self, pc: u64, entry: &Entry, mode: RunMode) {
         self.armed = None;
         match self.guest.access(&mut self.cpu, pc) {
-            Ok(true) if entry.stepping => self.step_done(mode),
+            Ok(true) if entry.stepping => self.step_done(Arrival::Done, mode),
             Ok(true) => {}
-            Ok(false) => self.interrupted_by_its_own(pc, mode),
+            Ok(false) => self.is_interrupted(pc),
             Err(error) => {
-                let errno = error.raw_os_error().unwrap_or(0);
-                return self.stop(StopReason::Crash(Crash::RunFailed { errno }));
+                let error = error.to_string();
+                return self.stop(StopReason::Crash(Crash::EntryFailed { error }));
             }
         }
         self.kick_itself_if_needed();
@@ -115,7 +141,7 @@ impl<C: Cpu> VcpuThread<C> {
     fn raises(&mut self, bytes: &[u8], mode: RunMode) -> bool {
         let Some(raised) = raised_by(bytes) else { return false };
         // Gates are checked against the privilege level elsewhere, and real mode has none.
-        let Ok(registers) = self.cpu.registers() else { return false };
+        let Ok(registers) = self.cpu.state() else { return false };
         if registers.cpl() != 0 || registers.cr0 & PROTECTED == 0 {
             return false;
         }
@@ -129,8 +155,11 @@ impl<C: Cpu> VcpuThread<C> {
                 }
             }
         }
-        self.told = None;
-        self.interrupted_by_its_own(registers.pc(), mode);
+        if mode == RunMode::Continue {
+            self.is_interrupted(registers.pc());
+            self.told = None;
+        }
+        // A step goes on into the handler.
         true
     }
 

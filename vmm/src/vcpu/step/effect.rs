@@ -1,0 +1,231 @@
+//! What one instruction does with RFLAGS, and where it leads: decoded before it is stepped.
+
+use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, OpKind, Register};
+
+use crate::vcpu::Registers;
+
+/// EFER.LMA.
+const LONG_MODE: u64 = 1 << 10;
+/// CS.L and CS.D in [`crate::vcpu::Segment::attributes`].
+const CODE_64: u32 = 1 << 13;
+const CODE_32: u32 = 1 << 14;
+
+/// One decoded instruction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Effect {
+    /// Its linear address, and that of the instruction behind it.
+    pub(super) at: u64,
+    pub(super) behind: u64,
+    pub(super) kind: Kind,
+    /// It leads to the instruction behind it and nowhere else, unless it faults.
+    pub(super) leads_on: bool,
+    /// It reads or writes memory, a stack included.
+    pub(super) uses_memory: bool,
+}
+
+/// What an instruction does that a step has to know of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Stores RFLAGS at the new top of the stack, as this many bytes.
+    PushFlags(usize),
+    /// Loads RFLAGS from the top of the stack, as this many bytes.
+    PopFlags(usize),
+    /// IRET with fields of this many bytes: RIP, CS, RFLAGS.
+    Iret(usize),
+    /// Stores RFLAGS in R11 and goes to LSTAR.
+    Syscall,
+    /// Loads RFLAGS from R11.
+    Sysret,
+    /// Raises this vector, RIP behind the instruction.
+    Interrupt(u8),
+    /// Raises #DE now and then.
+    Divide,
+    /// Raises #UD, or cannot be fetched.
+    Undefined,
+    /// Waits for an interrupt.
+    Halt,
+    /// A string instruction with a REP prefix: it traps between its iterations as well.
+    Repeat,
+    /// Holds back the trap until the instruction behind it is done, too (SDM vol. 3, 6.8.3).
+    LoadSs,
+    /// May find the FPU switched off.
+    Fpu,
+    Other,
+}
+
+/// Decodes what `bytes`, found at the linear address `at`, mean to a vCPU with these registers.
+pub(super) fn decode(bytes: &[u8], at: u64, registers: &Registers) -> Effect {
+    let instruction = Decoder::new(bitness(registers), bytes, DecoderOptions::NONE).decode();
+    Effect {
+        at,
+        behind: at.wrapping_add(instruction.len() as u64),
+        kind: kind(&instruction, registers.cpl()),
+        leads_on: instruction.flow_control() == FlowControl::Next,
+        uses_memory: instruction.is_stack_instruction() || instruction.op_kinds().any(is_memory),
+    }
+}
+
+fn bitness(registers: &Registers) -> u32 {
+    if registers.efer & LONG_MODE != 0 && registers.cs.attributes & CODE_64 != 0 {
+        64
+    } else if registers.cs.attributes & CODE_32 != 0 {
+        32
+    } else {
+        16
+    }
+}
+
+fn kind(instruction: &Instruction, cpl: u8) -> Kind {
+    match instruction.code() {
+        Code::Pushfq => Kind::PushFlags(8),
+        Code::Pushfd => Kind::PushFlags(4),
+        Code::Pushfw => Kind::PushFlags(2),
+        Code::Popfq => Kind::PopFlags(8),
+        Code::Popfd => Kind::PopFlags(4),
+        Code::Popfw => Kind::PopFlags(2),
+        Code::Iretq => Kind::Iret(8),
+        Code::Iretd => Kind::Iret(4),
+        Code::Iretw => Kind::Iret(2),
+        Code::Syscall => Kind::Syscall,
+        Code::Sysretd | Code::Sysretq => Kind::Sysret,
+        Code::Int1 => Kind::Interrupt(1),
+        Code::Int3 => Kind::Interrupt(3),
+        Code::Into => Kind::Interrupt(4),
+        Code::Int_imm8 => Kind::Interrupt(instruction.immediate8()),
+        // In ring 3 it faults.
+        Code::Hlt if cpl == 0 => Kind::Halt,
+        Code::INVALID | Code::Ud2 | Code::Ud0_r16_rm16 | Code::Ud0_r32_rm32 | Code::Ud0_r64_rm64 => Kind::Undefined,
+        Code::Ud1_r16_rm16 | Code::Ud1_r32_rm32 | Code::Ud1_r64_rm64 => Kind::Undefined,
+        Code::Div_rm8 | Code::Div_rm16 | Code::Div_rm32 | Code::Div_rm64 => Kind::Divide,
+        Code::Idiv_rm8 | Code::Idiv_rm16 | Code::Idiv_rm32 | Code::Idiv_rm64 => Kind::Divide,
+        Code::Mov_Sreg_rm16 | Code::Mov_Sreg_r32m16 | Code::Mov_Sreg_r64m16
+            if instruction.op0_register() == Register::SS =>
+        {
+            Kind::LoadSs
+        }
+        Code::Popw_SS | Code::Popd_SS => Kind::LoadSs,
+        _ if instruction.is_string_instruction()
+            && (instruction.has_rep_prefix() || instruction.has_repne_prefix()) =>
+        {
+            Kind::Repeat
+        }
+        _ if uses_fpu(instruction) => Kind::Fpu,
+        _ => Kind::Other,
+    }
+}
+
+/// x87, MMX, SSE and whatever came later.
+fn uses_fpu(instruction: &Instruction) -> bool {
+    let of_fpu = |register: Register| register.is_vector_register() || register.is_mm();
+    instruction.cpuid_features().contains(&CpuidFeature::FPU)
+        || (0..instruction.op_count()).any(|n| of_fpu(instruction.op_register(n)))
+}
+
+fn is_memory(kind: OpKind) -> bool {
+    match kind {
+        OpKind::Memory
+        | OpKind::MemorySegSI
+        | OpKind::MemorySegESI
+        | OpKind::MemorySegRSI
+        | OpKind::MemorySegDI
+        | OpKind::MemorySegEDI
+        | OpKind::MemorySegRDI
+        | OpKind::MemoryESDI
+        | OpKind::MemoryESEDI
+        | OpKind::MemoryESRDI => true,
+        OpKind::Register
+        | OpKind::NearBranch16
+        | OpKind::NearBranch32
+        | OpKind::NearBranch64
+        | OpKind::FarBranch16
+        | OpKind::FarBranch32
+        | OpKind::Immediate8
+        | OpKind::Immediate8_2nd
+        | OpKind::Immediate16
+        | OpKind::Immediate32
+        | OpKind::Immediate64
+        | OpKind::Immediate8to16
+        | OpKind::Immediate8to32
+        | OpKind::Immediate8to64
+        | OpKind::Immediate32to64 => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vcpu::Segment;
+
+    fn long_mode() -> Registers {
+        let cs = Segment { attributes: CODE_64, ..Segment::default() };
+        Registers { efer: LONG_MODE, cs, ..Registers::default() }
+    }
+
+    fn kind(bytes: &[u8]) -> Kind {
+        decode(bytes, 0x1000, &long_mode()).kind
+    }
+
+    #[test]
+    fn l45_instructions_that_store_or_load_rflags_are_known() {
+        assert_eq!(kind(&[0x9c]), Kind::PushFlags(8));
+        assert_eq!(kind(&[0x66, 0x9c]), Kind::PushFlags(2));
+        assert_eq!(kind(&[0x9d]), Kind::PopFlags(8));
+        assert_eq!(kind(&[0x66, 0x9d]), Kind::PopFlags(2));
+        assert_eq!(kind(&[0x48, 0xcf]), Kind::Iret(8));
+        assert_eq!(kind(&[0xcf]), Kind::Iret(4));
+        assert_eq!(kind(&[0x66, 0xcf]), Kind::Iret(2));
+        assert_eq!(kind(&[0x0f, 0x05]), Kind::Syscall);
+        assert_eq!(kind(&[0x48, 0x0f, 0x07]), Kind::Sysret);
+        assert_eq!(kind(&[0x0f, 0x07]), Kind::Sysret);
+    }
+
+    #[test]
+    fn l49_instructions_that_raise_an_exception_are_known() {
+        assert_eq!(kind(&[0xcc]), Kind::Interrupt(3));
+        assert_eq!(kind(&[0xf1]), Kind::Interrupt(1));
+        assert_eq!(kind(&[0xcd, 0x80]), Kind::Interrupt(0x80));
+        assert_eq!(kind(&[0xcd, 0x03]), Kind::Interrupt(3));
+        assert_eq!(kind(&[0x0f, 0x0b]), Kind::Undefined);
+        assert_eq!(kind(&[0x0f, 0xb9, 0xc0]), Kind::Undefined);
+        assert_eq!(kind(&[]), Kind::Undefined);
+        assert_eq!(kind(&[0x0f]), Kind::Undefined);
+        assert_eq!(kind(&[0xf7, 0xf1]), Kind::Divide);
+        assert_eq!(kind(&[0x0f, 0x58, 0xc1]), Kind::Fpu, "ADDPS");
+        assert_eq!(kind(&[0x0f, 0x6f, 0x00]), Kind::Fpu, "MOVQ");
+        assert_eq!(kind(&[0xd9, 0xe8]), Kind::Fpu, "FLD1");
+    }
+
+    #[test]
+    fn l49_instructions_that_stop_in_their_own_way_are_known() {
+        assert_eq!(kind(&[0xf4]), Kind::Halt);
+        assert_eq!(kind(&[0xf3, 0xaa]), Kind::Repeat);
+        assert_eq!(kind(&[0xf3, 0x48, 0xa5]), Kind::Repeat);
+        assert_eq!(kind(&[0xf2, 0xae]), Kind::Repeat);
+        assert_eq!(kind(&[0x8e, 0xd0]), Kind::LoadSs);
+        assert_eq!(kind(&[0x8e, 0xd8]), Kind::Other, "MOV DS");
+        assert_eq!(kind(&[0xaa]), Kind::Other);
+        assert_eq!(kind(&[0xf3, 0x90]), Kind::Other, "PAUSE");
+        assert_eq!(kind(&[0x90]), Kind::Other);
+    }
+
+    #[test]
+    fn the_mode_decides_what_the_bytes_mean() {
+        let mut registers = long_mode();
+        // DEC EAX and NOP, or one NOP with REX.W.
+        assert_eq!(decode(&[0x48, 0x90], 0x1000, &registers).behind, 0x1002);
+        registers.cs.attributes = CODE_32;
+        assert_eq!(decode(&[0x48, 0x90], 0x1000, &registers).behind, 0x1001);
+        registers.cs.attributes = 0;
+        assert_eq!(decode(&[0x9c], 0x1000, &registers).kind, Kind::PushFlags(2));
+    }
+
+    #[test]
+    fn only_register_operands_leave_memory_alone() {
+        let uses = |bytes: &[u8]| decode(bytes, 0, &long_mode()).uses_memory;
+        assert!(!uses(&[0x48, 0x01, 0xd8]), "ADD RAX, RBX");
+        assert!(!uses(&[0x90]));
+        assert!(uses(&[0x48, 0x8b, 0x03]), "MOV RAX, [RBX]");
+        assert!(uses(&[0x50]), "PUSH RAX");
+        assert!(uses(&[0xaa]), "STOSB");
+    }
+}
