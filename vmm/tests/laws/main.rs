@@ -12,6 +12,7 @@ mod arming;
 mod booted;
 mod clock;
 mod doctor;
+mod guest;
 mod inquest;
 mod lane;
 mod law;
@@ -23,7 +24,6 @@ mod rig;
 mod spy;
 mod step;
 mod stop_all;
-mod traps;
 mod update;
 mod watch;
 
@@ -52,7 +52,7 @@ fn all() -> Vec<Law> {
         once::laws(),
         over::laws(),
         stop_all::laws(),
-        traps::laws(),
+        guest::laws(),
         watch::laws(),
         step::laws(),
         patch::laws(),
