@@ -8,8 +8,8 @@ use anyhow::Context;
 use serde::Serialize;
 use trapline_vmm::debug::Offer;
 use trapline_vmm::probe::{
-    self, BlockIrq, BrokenClaim, Capabilities, DrAccess, GuestSlots, GuestTrapFlag, HaltStep, Inject, InjectBp, Int3,
-    Kick, MultiHit, PushedFlags, ReadonlyWrite, RealModeSlots, ResumeFlag, Slot, SoftwareInterrupt, Step, TripleFault,
+    self, BlockIrq, BrokenClaim, Capabilities, DrAccess, GuestSlots, GuestTrapFlag, HaltStep, InjectBp, Int3, Kick,
+    MultiHit, PushedFlags, ReadonlyWrite, RealModeSlots, ResumeFlag, Slot, SoftwareInterrupt, Step, TripleFault,
 };
 
 use crate::args::DoctorArgs;

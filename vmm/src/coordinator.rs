@@ -446,7 +446,7 @@ impl Coordinator {
         self.registers.fill(None);
         let mode = |(n, vcpu): (usize, &VcpuHandle)| if waits(VcpuId(n as u32)) { RunMode::Parked } else { vcpu.mode };
         let requests: Vec<_> = self.vcpus.iter().enumerate().map(mode).map(Request::Resume).collect();
-        let resumed = self.ask_each(requests).into_iter().try_for_each(|answer| answer.map(|_| ()));
+        let resumed = self.ask_each(requests, ACK_DEADLINE).into_iter().try_for_each(|answer| answer.map(|_| ()));
         resumed.or_else(|error| {
             self.stop()?;
             Err(error)
@@ -460,6 +460,7 @@ impl Coordinator {
         loop {
             match self.messages.try_recv() {
                 Ok(Message::Event(event)) => self.queue(event),
+                Ok(Message::Notice(notice)) => self.notices.push(notice),
                 Ok(Message::WantsAlone(vcpu)) => self.alone.wants(vcpu),
                 // Too late: whoever asked has given up on it.
                 Ok(Message::Answer(answer)) => self.alone.hear(&answer),
@@ -591,7 +592,7 @@ impl Coordinator {
     /// Ends every vCPU thread. One that does not answer is left behind, disarmed by nobody but
     /// running nothing either, since its next look at the inbox ends it.
     fn quit(&mut self) {
-        let answers = self.ask_each_within(vec![Request::Quit; self.vcpus.len()], QUIT_DEADLINE);
+        let answers = self.ask_each(vec![Request::Quit; self.vcpus.len()], QUIT_DEADLINE);
         for (vcpu, answer) in self.vcpus.iter_mut().zip(answers) {
             let answered = !matches!(answer, Err(CoordinatorError::NoAnswer { .. }));
             if let Some(thread) = vcpu.thread.take().filter(|_| answered) {
@@ -659,39 +660,26 @@ impl Coordinator {
         }
         let seq = self.next_seq();
         self.send(vcpu.index(), seq, request);
-        self.collect(seq, vcpu.index()..vcpu.index() + 1).swap_remove(0)
+        self.collect(seq, vcpu.index()..vcpu.index() + 1, ACK_DEADLINE).swap_remove(0)
     }
 
     fn ask_all(&mut self, request: &Request) -> Result<(), CoordinatorError> {
         let requests = vec![request.clone(); self.vcpus.len()];
-        self.ask_each(requests).into_iter().try_for_each(|answer| answer.map(|_| ()))
+        self.ask_each(requests, ACK_DEADLINE).into_iter().try_for_each(|answer| answer.map(|_| ()))
     }
 
     /// One request for each vCPU; one result from each.
-    fn ask_each(&mut self, requests: Vec<Request>) -> Vec<Result<Reply, CoordinatorError>> {
-        self.ask_each_within(requests, ACK_DEADLINE)
-    }
-
-    fn ask_each_within(&mut self, requests: Vec<Request>, time: Duration) -> Vec<Result<Reply, CoordinatorError>> {
+    fn ask_each(&mut self, requests: Vec<Request>, time: Duration) -> Vec<Result<Reply, CoordinatorError>> {
         let seq = self.next_seq();
         for (n, request) in requests.into_iter().enumerate() {
             self.send(n, seq, request);
         }
-        self.collect_within(seq, 0..self.vcpus.len(), time)
-    }
-
-    fn collect(&mut self, seq: u64, asked: Range<usize>) -> Vec<Result<Reply, CoordinatorError>> {
-        self.collect_within(seq, asked, ACK_DEADLINE)
+        self.collect(seq, 0..self.vcpus.len(), time)
     }
 
     /// Waits until every vCPU that was `asked` has answered `seq`, kicking those that have not,
-    /// until `time` is over.
-    fn collect_within(
-        &mut self,
-        seq: u64,
-        asked: Range<usize>,
-        time: Duration,
-    ) -> Vec<Result<Reply, CoordinatorError>> {
+    /// until the `time` is over.
+    fn collect(&mut self, seq: u64, asked: Range<usize>, time: Duration) -> Vec<Result<Reply, CoordinatorError>> {
         let mut answers: Vec<Option<Result<Reply, String>>> = asked.clone().map(|_| None).collect();
         let deadline = Deadline::after(time);
         while answers.iter().any(Option::is_none) && !deadline.is_over() {
@@ -702,6 +690,7 @@ impl Coordinator {
             match message {
                 Ok(Message::Event(event)) => self.queue(event),
                 Ok(Message::WantsAlone(vcpu)) => self.alone.wants(vcpu),
+                Ok(Message::Notice(notice)) => self.notices.push(notice),
                 Ok(Message::Answer(Answer { vcpu, seq: answered, result })) if answered == seq => {
                     // The first answer counts; a second one changes nothing.
                     let place = vcpu.index().checked_sub(asked.start).and_then(|n| answers.get_mut(n));

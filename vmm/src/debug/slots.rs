@@ -613,7 +613,9 @@ mod tests {
     fn l56_a_patch_puts_back_what_was_there_when_it_came() {
         let mut table = SlotTable::new(EVERYTHING);
         let held = |gpa| match exec_at(gpa, 0x50) {
-            Change::Set { request, place, .. } => Change::Set { owner: Owner::harness(1), request, handler: None, place },
+            Change::Set { request, place, .. } => {
+                Change::Set { owner: Owner::harness(1), request, handler: None, place }
+            }
             clear => clear,
         };
         for n in 0..4 {
@@ -622,7 +624,10 @@ mod tests {
         // The guest changes its code where a slot serves; then the youngest loses its slot to gdb.
         table.refresh(|_| Some(0x60));
         let image = change(&mut table, &[exec_at(0x2000, 0x50)]).unwrap();
-        assert_eq!(image.patches().iter().map(|patch| (patch.gpa, patch.original)).collect::<Vec<_>>(), [(0x1003, 0x60)]);
+        assert_eq!(
+            image.patches().iter().map(|patch| (patch.gpa, patch.original)).collect::<Vec<_>>(),
+            [(0x1003, 0x60)]
+        );
         // What is under a patch is not looked at: it is an INT3.
         table.refresh(|_| Some(0x70));
         assert_eq!(table.patches()[0].original, 0x60);

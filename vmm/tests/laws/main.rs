@@ -13,6 +13,7 @@ mod booted;
 mod clock;
 mod doctor;
 mod fire;
+mod guest;
 mod inquest;
 mod lane;
 mod law;
@@ -24,7 +25,6 @@ mod rig;
 mod spy;
 mod step;
 mod stop_all;
-mod traps;
 mod update;
 mod watch;
 
@@ -54,7 +54,7 @@ fn all() -> Vec<Law> {
         fire::laws(),
         over::laws(),
         stop_all::laws(),
-        traps::laws(),
+        guest::laws(),
         watch::laws(),
         step::laws(),
         patch::laws(),

@@ -14,7 +14,7 @@ use trapline_vmm::vcpu::Exit;
 use crate::booted::Booted;
 use crate::clock::wait_for;
 use crate::lane::Flavour::Pvm;
-use crate::lane::Need::{IntInRing0, Issue3On, Kick, Patches};
+use crate::lane::Need::{Issue3On, Kick, Patches};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, hit, name, send_nmi};
 
@@ -27,7 +27,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l54_a_slot_that_becomes_free_takes_over_from_a_patch, Patches),
         law!(l55_what_is_read_shows_no_patch, Patches),
         law!(l55_what_is_written_under_a_patch_is_there_when_it_goes, Patches),
-        law!(l55_an_int3_that_is_written_under_a_patch_is_the_guests, Patches, IntInRing0),
+        law!(l55_an_int3_that_is_written_under_a_patch_is_the_guests, Patches),
         law!(l56_what_the_guest_writes_over_a_patch_stays, Patches),
         law!(l56_an_instruction_that_overwrites_itself_under_a_patch_stays, Patches),
         law!(l56_a_patch_that_one_vcpu_rewrites_while_another_runs_into_it, Patches, Kick),
