@@ -175,7 +175,7 @@ fn sections(host: &Capabilities) -> [(&'static str, Vec<Row>); 5] {
                 row("kernel code", claims.single_step, step(seen.ss_cpl0), by_kvm(seen.ss_cpl0)),
                 row("user code", claims.single_step, step(seen.ss_cpl3), by_kvm(seen.ss_cpl3)),
                 row("interrupts held back", claims.block_irq, block_irq(seen.blockirq), ""),
-                row("HLT", None, halt(seen.hlt_halts), ""),
+                row("HLT", None, halt(seen.hlt_halts), "Trapline itself"),
             ],
         ),
         (
