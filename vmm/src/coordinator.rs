@@ -24,6 +24,7 @@ mod alone;
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::time::Duration;
 
 use alone::Alone;
 
@@ -32,7 +33,7 @@ use crate::debug::{
     Place, Prepared, ResumePlan, RunMode, SlotTable, Stop, StopReason, VcpuId,
 };
 use crate::ground::{Ground, NoGround};
-use crate::limits::{ACK_DEADLINE, KICK_INTERVAL, MAX_WATCHED};
+use crate::limits::{ACK_DEADLINE, KICK_INTERVAL, MAX_WATCHED, QUIT_DEADLINE};
 use crate::sync::{Arc, Deadline, Missed, mpsc, thread};
 use crate::vcpu::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
 use crate::vcpu::thread::VcpuThread;
@@ -169,6 +170,11 @@ impl Coordinator {
     /// Serves requests in guest memory, too, by what `offer` says.
     pub fn use_ground(&mut self, ground: Box<dyn Ground>, offer: Offer) {
         self.ground = ground;
+        self.set_offer(offer);
+    }
+
+    /// Changes what serves requests. It counts from the next change of the set on.
+    pub fn set_offer(&mut self, offer: Offer) {
         self.table.set_offer(offer);
     }
 
@@ -440,7 +446,7 @@ impl Coordinator {
         self.registers.fill(None);
         let mode = |(n, vcpu): (usize, &VcpuHandle)| if waits(VcpuId(n as u32)) { RunMode::Parked } else { vcpu.mode };
         let requests: Vec<_> = self.vcpus.iter().enumerate().map(mode).map(Request::Resume).collect();
-        let resumed = self.ask_each(requests).into_iter().try_for_each(|answer| answer.map(|_| ()));
+        let resumed = self.ask_each(requests, ACK_DEADLINE).into_iter().try_for_each(|answer| answer.map(|_| ()));
         resumed.or_else(|error| {
             self.stop()?;
             Err(error)
@@ -585,7 +591,7 @@ impl Coordinator {
     /// Ends every vCPU thread. One that does not answer is left behind, disarmed by nobody but
     /// running nothing either, since its next look at the inbox ends it.
     fn quit(&mut self) {
-        let answers = self.ask_each(vec![Request::Quit; self.vcpus.len()]);
+        let answers = self.ask_each(vec![Request::Quit; self.vcpus.len()], QUIT_DEADLINE);
         for (vcpu, answer) in self.vcpus.iter_mut().zip(answers) {
             let answered = !matches!(answer, Err(CoordinatorError::NoAnswer { .. }));
             if let Some(thread) = vcpu.thread.take().filter(|_| answered) {
@@ -653,28 +659,28 @@ impl Coordinator {
         }
         let seq = self.next_seq();
         self.send(vcpu.index(), seq, request);
-        self.collect(seq, vcpu.index()..vcpu.index() + 1).swap_remove(0)
+        self.collect(seq, vcpu.index()..vcpu.index() + 1, ACK_DEADLINE).swap_remove(0)
     }
 
     fn ask_all(&mut self, request: &Request) -> Result<(), CoordinatorError> {
         let requests = vec![request.clone(); self.vcpus.len()];
-        self.ask_each(requests).into_iter().try_for_each(|answer| answer.map(|_| ()))
+        self.ask_each(requests, ACK_DEADLINE).into_iter().try_for_each(|answer| answer.map(|_| ()))
     }
 
     /// One request for each vCPU; one result from each.
-    fn ask_each(&mut self, requests: Vec<Request>) -> Vec<Result<Reply, CoordinatorError>> {
+    fn ask_each(&mut self, requests: Vec<Request>, time: Duration) -> Vec<Result<Reply, CoordinatorError>> {
         let seq = self.next_seq();
         for (n, request) in requests.into_iter().enumerate() {
             self.send(n, seq, request);
         }
-        self.collect(seq, 0..self.vcpus.len())
+        self.collect(seq, 0..self.vcpus.len(), time)
     }
 
     /// Waits until every vCPU that was `asked` has answered `seq`, kicking those that have not,
-    /// until the deadline.
-    fn collect(&mut self, seq: u64, asked: Range<usize>) -> Vec<Result<Reply, CoordinatorError>> {
+    /// until the `time` is over.
+    fn collect(&mut self, seq: u64, asked: Range<usize>, time: Duration) -> Vec<Result<Reply, CoordinatorError>> {
         let mut answers: Vec<Option<Result<Reply, String>>> = asked.clone().map(|_| None).collect();
-        let deadline = Deadline::after(ACK_DEADLINE);
+        let deadline = Deadline::after(time);
         while answers.iter().any(Option::is_none) && !deadline.is_over() {
             let message = deadline.recv(&self.messages, KICK_INTERVAL);
             if let Ok(Message::Answer(answer)) = &message {
@@ -790,6 +796,7 @@ fn ending_of(reason: &StopReason) -> Option<Ending> {
     match reason {
         StopReason::GuestExit(value) => Some(Ending::Exit(*value)),
         StopReason::GuestShutdown { .. } => Some(Ending::Shutdown),
+        StopReason::Crash(crash) if crash.is_mendable() => None,
         StopReason::Crash(crash) => Some(Ending::Crash(crash.clone())),
         StopReason::Ended(ending) => Some(ending.clone()),
         StopReason::Breakpoint(_)

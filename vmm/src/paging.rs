@@ -5,8 +5,9 @@
 //! reads and patches what the guest could not.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory};
 
 use crate::vcpu::Registers;
 
@@ -251,6 +252,33 @@ pub fn write_all_physical(memory: &GuestMemoryMmap, gpa: u64, bytes: &[u8]) -> b
     backed(memory, gpa, bytes.len()) == bytes.len() && write_physical(memory, gpa, bytes) == bytes.len()
 }
 
+/// Stores `new` at `gpa` as the processor would, and gives what was there in `old`, which is as long; how many bytes
+/// were RAM. An aligned store of 1, 2, 4 or 8 bytes is one access: another thread sees all of it or nothing, and of
+/// two such stores one sees what the other has left.
+pub fn exchange_physical(memory: &GuestMemoryMmap, gpa: u64, new: &[u8], old: &mut [u8]) -> usize {
+    macro_rules! swap {
+        ($value:ty, $atomic:ty) => {{
+            let there = memory.get_slice(GuestAddress(gpa), new.len()).ok();
+            if let (Some(there), Ok(bytes)) = (there, <[u8; size_of::<$value>()]>::try_from(new))
+                && let Ok(there) = there.get_atomic_ref::<$atomic>(0)
+            {
+                let was = there.swap(<$value>::from_ne_bytes(bytes), Ordering::SeqCst);
+                old.copy_from_slice(&was.to_ne_bytes());
+                return new.len();
+            }
+        }};
+    }
+    match new.len() {
+        1 => swap!(u8, AtomicU8),
+        2 => swap!(u16, AtomicU16),
+        4 => swap!(u32, AtomicU32),
+        8 => swap!(u64, AtomicU64),
+        _ => {}
+    }
+    let there = read_physical(memory, gpa, old);
+    write_physical(memory, gpa, &new[..there.min(new.len())])
+}
+
 /// How many bytes from `gpa` on, up to `len`, are RAM.
 pub(crate) fn backed(memory: &GuestMemoryMmap, gpa: u64, len: usize) -> usize {
     if len == 0 || memory.check_range(GuestAddress(gpa), len) {
@@ -394,6 +422,28 @@ mod tests {
         let mut tail = [0; 2];
         LONG.read(&m, 0x1ffe, &mut tail);
         assert_eq!(tail, [0, 0], "all or nothing");
+    }
+
+    #[test]
+    fn an_exchange_gives_what_was_there() {
+        let m = memory();
+        m.write_slice(&[0xaa; 32], GuestAddress(0x1000)).unwrap();
+        let mut bytes = [0xaa; 32];
+        // Aligned, unaligned, odd sizes.
+        for (at, len) in [(0, 1), (2, 2), (4, 4), (8, 8), (3, 2), (13, 8), (21, 3), (24, 8), (0, 8)] {
+            let new: Vec<u8> = (0..len).map(|n| (at * 16 + n) as u8).collect();
+            let mut old = vec![0; len];
+            assert_eq!(exchange_physical(&m, 0x1000 + at as u64, &new, &mut old), len);
+            assert_eq!(old, bytes[at..at + len]);
+            bytes[at..at + len].copy_from_slice(&new);
+            let mut now = [0; 32];
+            m.read_slice(&mut now, GuestAddress(0x1000)).unwrap();
+            assert_eq!(now, bytes);
+        }
+        let mut old = [0; 8];
+        assert_eq!(exchange_physical(&m, 0x3f_fffc, &[1; 8], &mut old), 4, "the end of RAM");
+        assert_eq!(exchange_physical(&m, 0x40_0000, &[1; 8], &mut old), 0);
+        assert_eq!(exchange_physical(&m, u64::MAX, &[1; 8], &mut old), 0);
     }
 
     /// A second, slower reading of the four-level walk, entry by entry.

@@ -13,8 +13,7 @@ use crate::debug::{
     Breakpoint, BreakpointError, Ending, Handler, INT3, Level, Offer, Owner, ResumePlan, Stop, StopReason, VcpuId,
 };
 use crate::devices::{Console, Serial, Shared};
-use crate::ground::RamGround;
-use crate::machine::{HostError, Machine, MachineError};
+use crate::machine::{HostError, KvmGround, Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::paging::{self, Paging};
 use crate::probe;
@@ -70,7 +69,7 @@ pub struct Vm {
     entry: Entry,
     events: EventFd,
     // Keeps the interrupt controllers alive for as long as devices raise lines.
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
 }
 
 impl Vm {
@@ -87,12 +86,14 @@ impl Vm {
         let events = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(resources)?;
         let notify = Arc::new(events.try_clone().map_err(resources)?);
         let cpus = machine.cpus.into_iter().map(|cpu| (cpu, Box::new(kick::send) as Kick)).collect();
-        let coordinator = Coordinator::new(cpus, move || {
+        let mut coordinator = Coordinator::new(cpus, move || {
             // Fails only when the counter is full, and then it is readable already.
             let _ = notify.write(1);
         })
         .map_err(resources)?;
-        Ok(Self { coordinator, offered: false, ram, serial: machine.serial, entry: machine.entry, events, _vm: machine.vm })
+        let vm = Arc::new(machine.vm);
+        coordinator.use_ground(Box::new(KvmGround::new(vm.clone(), ram.clone())), Offer::SLOTS);
+        Ok(Self { coordinator, ram, serial: machine.serial, entry: machine.entry, events, offered: false, _vm: vm })
     }
 
     /// Readable whenever [`poll`](Self::poll) may have something to say.
@@ -136,48 +137,53 @@ impl Vm {
     }
 
     /// Arms `request` on every vCPU, or nowhere; works while the guest runs. What this host's KVM
-    /// would accept and never trigger is refused.
+    /// would accept and never trigger is served in another way, or refused.
     pub fn set_breakpoint(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
-        self.can_trigger(request)?;
-        self.arm(owner, request)
+        self.learn_offer(&[request])?;
+        self.coordinator.set_breakpoint(owner, request)
     }
 
     /// As [`set_breakpoint`](Self::set_breakpoint), with a handler that decides about each hit on
     /// the vCPU's own thread: one that says [`Continue`](crate::debug::Disposition::Continue)
     /// stops nobody.
     pub fn set_trap(&mut self, owner: Owner, request: Breakpoint, handler: Handler) -> Result<(), BreakpointError> {
-        self.can_trigger(request)?;
-        self.offer();
+        self.learn_offer(&[request])?;
         self.coordinator.set_trap(owner, request, Some(handler))
     }
 
-    /// As [`set_breakpoint`](Self::set_breakpoint), without asking what the host can do.
-    pub(crate) fn arm(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
-        self.offer();
-        self.coordinator.set_breakpoint(owner, request)
+    /// As [`set_trap`](Self::set_trap), all of them or none, in one change: for thousands at once.
+    pub fn set_traps(
+        &mut self,
+        owner: Owner,
+        requests: Vec<(Breakpoint, Option<Handler>)>,
+    ) -> Result<(), BreakpointError> {
+        let plain: Vec<Breakpoint> = requests.iter().map(|(request, _)| *request).collect();
+        self.learn_offer(&plain)?;
+        self.coordinator.set_traps(owner, requests)
     }
 
-    /// Before the first request: what this host serves beyond the slots. A host that cannot be asked
-    /// serves nothing.
-    fn offer(&mut self) {
-        if !std::mem::replace(&mut self.offered, true)
-            && let Ok(host) = probe::capabilities()
-        {
-            let offer = Offer { patches: host.can_patch(), user_patches: host.can_patch_ring_3(), ..Offer::SLOTS };
-            self.coordinator.use_ground(Box::new(RamGround(self.ram.clone())), offer);
+    /// Disarms all of `requests` on every vCPU, or none of them, in one change.
+    pub fn clear_traps(&mut self, owner: Owner, requests: &[Breakpoint]) -> Result<(), BreakpointError> {
+        self.coordinator.clear_traps(owner, requests)
+    }
+
+    /// Takes what this host serves from its probe, before the first request. A host that cannot be
+    /// asked serves execution slots: no watchpoint, for nobody knows whether it would ever fire.
+    fn learn_offer(&mut self, requests: &[Breakpoint]) -> Result<(), BreakpointError> {
+        if self.offered {
+            return Ok(());
         }
-    }
-
-    /// What this host's KVM would accept and never trigger is refused.
-    fn can_trigger(&self, request: Breakpoint) -> Result<(), BreakpointError> {
-        if request.on.is_watch() {
-            let unsupported = |why: String| BreakpointError::Unsupported { request, why };
-            let host = probe::capabilities().map_err(|error| unsupported(error.to_string()))?;
-            if !host.can_watch_in_hardware() {
-                return Err(unsupported("this host's KVM accepts data watchpoints and never triggers them".to_owned()));
+        match probe::capabilities() {
+            Ok(host) => {
+                self.coordinator.set_offer(host.offer());
+                self.offered = true;
+                Ok(())
             }
+            Err(error) => match requests.iter().find(|request| request.on.is_watch()) {
+                Some(&request) => Err(BreakpointError::Unsupported { request, why: error.to_string() }),
+                None => Ok(()),
+            },
         }
-        Ok(())
     }
 
     /// Disarms `request` on every vCPU, or nowhere; works while the guest runs.

@@ -16,8 +16,8 @@ use shuttle::sync::{Arc, Mutex};
 use shuttle::thread;
 use trapline_vmm::coordinator::{Coordinator, CoordinatorError, Kick};
 use trapline_vmm::debug::{
-    Breakpoint, BreakpointError, DebugExit, Disposition, Dr6, Handler, INT3, Level, Mechanism, Offer, Owner, ResumePlan,
-    RunMode, Stop, StopReason, Trigger, VcpuId,
+    Breakpoint, BreakpointError, DebugExit, Disposition, Dr6, Handler, INT3, Level, Mechanism, Offer, Owner,
+    ResumePlan, RunMode, Stop, StopReason, Trigger, VcpuId,
 };
 use trapline_vmm::ground::Ground;
 use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, Registers};

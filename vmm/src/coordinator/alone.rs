@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 
 use super::{Coordinator, CoordinatorError};
 use crate::debug::VcpuId;
+use crate::limits::ACK_DEADLINE;
 use crate::vcpu::protocol::{Answer, Request};
 
 /// Who waits to be alone, and who is.
@@ -93,7 +94,7 @@ impl Coordinator {
     }
 
     fn answer_of(&mut self, vcpu: VcpuId, seq: u64) -> Result<(), CoordinatorError> {
-        let answer = self.collect(seq, vcpu.index()..vcpu.index() + 1).swap_remove(0);
+        let answer = self.collect(seq, vcpu.index()..vcpu.index() + 1, ACK_DEADLINE).swap_remove(0);
         self.alone.late = matches!(answer, Err(CoordinatorError::NoAnswer { .. }));
         answer.map(|_| ())
     }

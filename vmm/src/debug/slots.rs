@@ -221,7 +221,8 @@ impl SlotTable {
     fn refusal(&self, refused: &Held) -> BreakpointError {
         let Held { owner, request, .. } = *refused;
         if request.on.is_watch() && !self.offer.data_slots && !by_pages(request, self.offer) {
-            let why = "this host's KVM accepts data watchpoints and never triggers them".to_owned();
+            let instead = if self.offer.pages { "; write watchpoints (gdb's watch) work" } else { "" };
+            let why = format!("this host's KVM accepts data watchpoints and never triggers them{instead}");
             return BreakpointError::Unsupported { request, why };
         }
         if self.wants_place(request) {
@@ -232,7 +233,8 @@ impl SlotTable {
                 },
                 Some(place) if place.user && !request.on.is_watch() => BreakpointError::Unsupported {
                     request,
-                    why: "this host's KVM gives an INT3 in ring 3 to the guest, and the hardware slots are taken".to_owned(),
+                    why: "this host's KVM gives an INT3 in ring 3 to the guest, and the hardware slots are taken"
+                        .to_owned(),
                 },
                 _ => BreakpointError::NotMapped { request },
             };
@@ -379,7 +381,9 @@ fn serve(held: &mut [Held], offer: Offer) -> Vec<Chunk> {
                 used.extend(missing);
                 Some(Mechanism::Slots)
             }
-            _ if by_patch(request, offer) && place.is_some_and(|place| can_patch(place, offer)) => Some(Mechanism::Patch),
+            _ if by_patch(request, offer) && place.is_some_and(|place| can_patch(place, offer)) => {
+                Some(Mechanism::Patch)
+            }
             _ if by_pages(request, offer) && place.is_some() => Some(Mechanism::Pages),
             _ => None,
         };
@@ -572,7 +576,7 @@ mod tests {
         assert_eq!(table.prepare_set(GDB, Breakpoint::exec(0x9000), None).unwrap().unwrap().images().len(), 1);
     }
 
-    const EVERYTHING: Offer = Offer { data_slots: true, patches: true, pages: true };
+    const EVERYTHING: Offer = Offer { data_slots: true, patches: true, user_patches: true, pages: true };
 
     /// A guest whose linear addresses are its physical ones, plus this.
     const LINEAR: u64 = 0xffff_8000_0000_0000;
@@ -585,7 +589,43 @@ mod tests {
             pieces.push(Piece { gpa: at, len: end - at });
             at = end;
         }
-        Some(Place { pieces, original })
+        Some(Place { pieces, original, user: false })
+    }
+
+    #[test]
+    fn l54_in_ring_3_a_patch_serves_only_where_its_int3_is_ours_there() {
+        for user_patches in [false, true] {
+            let mut table = SlotTable::new(Offer { user_patches, ..EVERYTHING });
+            for i in 0..4 {
+                set(&mut table, GDB, Breakpoint::exec(i)).unwrap();
+            }
+            let request = Breakpoint::exec(0x1000);
+            let place = mapped(0x1000, 1, 0x90).map(|place| Place { user: true, ..place });
+            let set = table.prepare(&[Change::Set { owner: GDB, request, handler: None, place }]);
+            match user_patches {
+                true => assert_eq!(last(&set.unwrap().unwrap()).patches().len(), 1),
+                false => assert!(matches!(set, Err(BreakpointError::Unsupported { .. }))),
+            }
+        }
+    }
+
+    #[test]
+    fn l56_a_patch_puts_back_what_was_there_when_it_came() {
+        let mut table = SlotTable::new(EVERYTHING);
+        let held = |gpa| match exec_at(gpa, 0x50) {
+            Change::Set { request, place, .. } => Change::Set { owner: Owner::harness(1), request, handler: None, place },
+            clear => clear,
+        };
+        for n in 0..4 {
+            table.commit(table.prepare(&[held(0x1000 + n)]).unwrap().unwrap());
+        }
+        // The guest changes its code where a slot serves; then the youngest loses its slot to gdb.
+        table.refresh(|_| Some(0x60));
+        let image = change(&mut table, &[exec_at(0x2000, 0x50)]).unwrap();
+        assert_eq!(image.patches().iter().map(|patch| (patch.gpa, patch.original)).collect::<Vec<_>>(), [(0x1003, 0x60)]);
+        // What is under a patch is not looked at: it is an INT3.
+        table.refresh(|_| Some(0x70));
+        assert_eq!(table.patches()[0].original, 0x60);
     }
 
     fn change(table: &mut SlotTable, changes: &[Change]) -> Result<DebugImage, BreakpointError> {

@@ -5,6 +5,7 @@ use std::io;
 
 use super::{Activity, Registers};
 use crate::debug::{Crash, DebugExit, DebugImage, Dr7, General, SLOTS, StopReason};
+use crate::memory::DeviceStore;
 
 /// Why guest code stopped running. Parsed once from `kvm_run`; everything after matches on this.
 #[derive(Debug)]
@@ -15,6 +16,14 @@ pub enum Exit {
     Again,
     /// A port or MMIO access, already served. It is complete only after another entry (law C4).
     Served(Option<StopReason>),
+    /// A store, or a part of one, into a page of RAM that is read-only for the guest. It is not done
+    /// yet, although RIP is behind it already; like [`Served`](Self::Served), it is complete only after another entry.
+    Store {
+        /// Guest-physical address of the first byte.
+        gpa: u64,
+        /// What is stored, at most eight bytes.
+        data: Vec<u8>,
+    },
     /// #DB or #BP.
     Debug(DebugExit),
     /// The guest cannot go on.
@@ -122,6 +131,15 @@ pub trait Cpu {
 
     /// Writes to a linear address; whether all of it could be written.
     fn write(&mut self, addr: u64, bytes: &[u8]) -> bool;
+
+    /// Stores to a guest-physical address as an instruction would, and gives what was there in
+    /// `old`, which is as long; how many bytes were RAM.
+    fn exchange(&mut self, gpa: u64, new: &[u8], old: &mut [u8]) -> usize;
+
+    /// What devices have stored to watched pages, since this was last asked on any vCPU.
+    fn device_stores(&mut self) -> Vec<DeviceStore> {
+        Vec::new()
+    }
 
     /// Gives the guest its own #DB, with these DR6 causes added to its DR6 (laws 24, 25).
     fn reflect_db(&mut self, causes: u64) -> io::Result<()>;

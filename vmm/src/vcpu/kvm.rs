@@ -18,14 +18,15 @@ use kvm_bindings::{
     kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment, kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::VcpuFd;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::synced::SyncedFd;
 use super::xsave::{put_fpu, to_fpu};
 use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Registers, Segment, Standing, kick};
 use crate::debug::{Crash, DebugExit, DebugImage, Dr6, General, StopReason};
 use crate::devices::{Bus, DeviceEvent};
-use crate::paging::{Paging, read_physical, write_all_physical};
+use crate::memory::{DeviceStore, GuestRam};
+use crate::paging::{Paging, exchange_physical, read_physical, write_all_physical};
 
 const MSR_STAR: u32 = 0xc000_0081;
 const MSR_LSTAR: u32 = 0xc000_0082;
@@ -48,7 +49,7 @@ pub type ArmHook = Arc<dyn Fn(&Arming) -> io::Result<()> + Send + Sync>;
 pub struct KvmCpu {
     fd: SyncedFd,
     bus: Arc<Bus>,
-    memory: GuestMemoryMmap,
+    ram: GuestRam,
     arm_hook: Option<ArmHook>,
     /// Its patches are not shown.
     hidden: DebugImage,
@@ -56,8 +57,8 @@ pub struct KvmCpu {
 
 impl KvmCpu {
     /// Takes over a vCPU whose initial state is set.
-    pub fn new(fd: VcpuFd, bus: Arc<Bus>, memory: GuestMemoryMmap, arm_hook: Option<ArmHook>) -> Self {
-        Self { fd: SyncedFd::new(fd), bus, memory, arm_hook, hidden: DebugImage::default() }
+    pub fn new(fd: VcpuFd, bus: Arc<Bus>, ram: GuestRam, arm_hook: Option<ArmHook>) -> Self {
+        Self { fd: SyncedFd::new(fd), bus, ram, arm_hook, hidden: DebugImage::default() }
     }
 
     fn enter(&mut self) -> Exit {
@@ -104,6 +105,10 @@ impl KvmCpu {
                 let len = (mmio.len as usize).min(mmio.data.len());
                 let data = &mut mmio.data[..len];
                 if mmio.is_write != 0 {
+                    // RAM that is read-only for the guest: a page with watchpoints on it (law 66).
+                    if self.ram.mem().address_in_range(GuestAddress(mmio.phys_addr)) {
+                        return Exit::Store { gpa: mmio.phys_addr, data: data.to_vec() };
+                    }
                     served(bus.mmio_write(mmio.phys_addr, data))
                 } else {
                     bus.mmio_read(mmio.phys_addr, data);
@@ -329,19 +334,19 @@ impl Cpu for KvmCpu {
     }
 
     fn translate(&mut self, addr: u64) -> Option<u64> {
-        Some(self.paging().ok()?.translate(&self.memory, addr)?.gpa)
+        Some(self.paging().ok()?.translate(self.ram.mem(), addr)?.gpa)
     }
 
     fn is_users(&mut self, addr: u64) -> bool {
-        self.paging().is_ok_and(|paging| paging.translate(&self.memory, addr).is_some_and(|mapping| mapping.user))
+        self.paging().is_ok_and(|paging| paging.translate(self.ram.mem(), addr).is_some_and(|mapping| mapping.user))
     }
 
     fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize {
-        read_physical(&self.memory, gpa, into)
+        read_physical(self.ram.mem(), gpa, into)
     }
 
     fn write_physical(&mut self, gpa: u64, bytes: &[u8]) -> bool {
-        write_all_physical(&self.memory, gpa, bytes)
+        write_all_physical(self.ram.mem(), gpa, bytes)
     }
 
     fn hide(&mut self, patches_of: &DebugImage) {
@@ -350,11 +355,19 @@ impl Cpu for KvmCpu {
 
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize {
         let Ok(paging) = self.paging() else { return 0 };
-        paging.read_shown(&self.memory, addr, into, |gpa, bytes| self.hidden.hide_patches(gpa, bytes))
+        paging.read_shown(self.ram.mem(), addr, into, |gpa, bytes| self.hidden.hide_patches(gpa, bytes))
     }
 
     fn write(&mut self, addr: u64, bytes: &[u8]) -> bool {
-        self.paging().is_ok_and(|paging| paging.write(&self.memory, addr, bytes))
+        self.paging().is_ok_and(|paging| paging.write(self.ram.mem(), addr, bytes))
+    }
+
+    fn exchange(&mut self, gpa: u64, new: &[u8], old: &mut [u8]) -> usize {
+        exchange_physical(self.ram.mem(), gpa, new, old)
+    }
+
+    fn device_stores(&mut self) -> Vec<DeviceStore> {
+        self.ram.take_device_stores()
     }
 
     fn reflect_db(&mut self, causes: u64) -> io::Result<()> {
@@ -397,7 +410,7 @@ impl Cpu for KvmCpu {
         let regs = self.fd.get_regs()?;
         let paging = Paging { cr0: sregs.cr0, cr3: sregs.cr3, cr4: sregs.cr4, efer: sregs.efer };
         let mut code = [0; MAX_INSTRUCTION];
-        let fetched = paging.fetch(&self.memory, regs.rip, sregs.ss.dpl == 3, &mut code);
+        let fetched = paging.fetch(self.ram.mem(), regs.rip, sregs.ss.dpl == 3, &mut code);
         Ok(Some(Standing { general: to_general(&regs), wide: paging.is_wide(), code, fetched }))
     }
 

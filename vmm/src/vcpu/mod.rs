@@ -12,8 +12,10 @@ mod over;
 pub(crate) mod protocol;
 mod registers;
 mod step;
+mod store;
 mod synced;
 pub(crate) mod thread;
+mod unserved;
 mod xsave;
 
 pub use cpu::{Arming, Cpu, Exit, Standing};

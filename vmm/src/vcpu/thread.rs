@@ -22,7 +22,7 @@ use super::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
 use super::step::{Arrival, Crossing, DB, Outcome, Placed, Stepped};
 use crate::debug::{
     BP, Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Expectation, GuestState, Hit, INT3, Level, Piece,
-    RunMode, Slot, SlotOwner, Stop, StopReason, Trigger, VcpuId, classify, is_ours_alone,
+    RunMode, Slot, SlotOwner, Stop, StopReason, Stored, Trigger, VcpuId, classify, is_ours_alone,
 };
 use crate::limits::PAGE_SIZE;
 use crate::sync::{Arc, mpsc};
@@ -39,9 +39,9 @@ enum State {
 }
 
 /// What one entry into the guest was armed for.
-struct Entry {
-    from: u64,
-    stepping: bool,
+pub(super) struct Entry {
+    pub(super) from: u64,
+    pub(super) stepping: bool,
     expect: Expectation,
     /// The step's own slots.
     placed: Placed,
@@ -51,6 +51,15 @@ impl Entry {
     /// The image and nothing else.
     const FREE: Entry =
         Entry { from: 0, stepping: false, expect: Expectation { stepping: false, suspended: 0 }, placed: Placed::NONE };
+}
+
+/// A request that triggered.
+pub(super) struct Found {
+    pub(super) behind: SlotOwner,
+    /// The data address that matched.
+    pub(super) addr: u64,
+    /// What was stored, where that is seen.
+    pub(super) stored: Option<Stored>,
 }
 
 /// The last stop, for as long as the vCPU has not left the place.
@@ -78,7 +87,7 @@ impl<C: Cpu> GuestState for HitState<'_, C> {
 
 pub(crate) struct VcpuThread<C> {
     id: VcpuId,
-    cpu: C,
+    pub(super) cpu: C,
     inbox: mpsc::Receiver<Command>,
     outbox: mpsc::Sender<Message>,
     /// Wakes whoever waits for events elsewhere than in the channel.
@@ -86,13 +95,13 @@ pub(crate) struct VcpuThread<C> {
     state: State,
     /// The mode in which a Park found it. A stop of its own leaves nothing to go back to.
     parked_from: Option<RunMode>,
-    image: Arc<DebugImage>,
+    pub(super) image: Arc<DebugImage>,
     /// What KVM was last told; `None` when it must be told again.
     armed: Option<Arming>,
     /// What was told where the vCPU stands.
     told: Option<Told>,
     /// A served access has not been completed yet.
-    incomplete: bool,
+    pub(super) incomplete: bool,
     /// The instruction that is being stepped, from its first entry until it is done.
     stepped: Option<Stepped>,
     /// The guest steps itself, and is owed its #DB for the instruction before this pc (law 46).
@@ -391,6 +400,12 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     fn handle(&mut self, mut exit: Exit, entry: &Entry, mode: RunMode) {
+        if matches!(exit, Exit::Served(_)) {
+            let stores = self.cpu.device_stores();
+            if !stores.is_empty() {
+                return self.stored(exit, stores, entry, mode);
+            }
+        }
         // A port or MMIO access that is stepped is completed at once: on some paths KVM reports no
         // #DB for it (law 50). It may consist of several exits.
         while entry.stepping && matches!(exit, Exit::Served(None)) {
@@ -411,17 +426,21 @@ impl<C: Cpu> VcpuThread<C> {
                 self.settle();
                 self.stop(reason);
             }
+            Exit::Store { .. } => self.stored(exit, Vec::new(), entry, mode),
             Exit::Debug(exit) if exit.exception == BP && self.ran_into_patch(exit.pc, mode) => {}
-            Exit::Debug(exit) => self.trapped(exit, entry, mode),
+            Exit::Debug(exit) => self.trapped(exit, Vec::new(), entry, mode),
             // A KVM that interprets ring 0 does not know INT3 (law 54).
             Exit::Crash(Crash::EmulationFailure { bytes })
-                if bytes.first() == Some(&INT3)
-                    && self.cpu.pc().is_ok_and(|pc| self.ran_into_patch(pc, mode)) => {}
-            Exit::Crash(crash) => self.stop(StopReason::Crash(crash)),
+                if bytes.first() == Some(&INT3) && self.cpu.pc().is_ok_and(|pc| self.ran_into_patch(pc, mode)) => {}
+            Exit::Crash(crash) => {
+                let crash = self.explain(crash);
+                self.stop(StopReason::Crash(crash));
+            }
         }
     }
 
-    fn trapped(&mut self, exit: DebugExit, entry: &Entry, mode: RunMode) {
+    /// #DB or #BP, after a store of the same instruction that these requests watch.
+    pub(super) fn trapped(&mut self, exit: DebugExit, stores: Vec<Found>, entry: &Entry, mode: RunMode) {
         let stopped_by_step = entry.placed.stopped(&exit);
         if stopped_by_step && self.stepped.as_ref().is_some_and(Stepped::waits) {
             // It is awake, and what woke it has been handled: now for the step itself.
@@ -440,6 +459,8 @@ impl<C: Cpu> VcpuThread<C> {
             self.told = Some(Told { pc: exit.pc, crossing: true });
             return;
         }
+        let hits = hits.into_iter().map(|(behind, addr)| Found { behind, addr, stored: None });
+        let hits: Vec<Found> = stores.into_iter().chain(hits).collect();
         let is_here = stopped_by_step || !hits.is_empty();
         let arrival = match &self.stepped {
             Some(stepped) if step || is_here && entry.stepping => stepped.arrival(exit.pc, step),
@@ -463,15 +484,14 @@ impl<C: Cpu> VcpuThread<C> {
             }
             return self.step_done(arrival, mode);
         }
-        self.hit(hits, exit.pc, arrival, mode);
+        self.triggered(hits, arrival, exit.pc, mode);
     }
 
-    /// Requests have triggered at `pc`, with the data address of each; `arrival` says that a step is
-    /// over as well.
-    fn hit(&mut self, hits: Vec<(SlotOwner, u64)>, pc: u64, arrival: Option<Arrival>, mode: RunMode) {
+    /// Asks the handlers of what triggered, and stops for the rest. `arrival`: the step is over, too.
+    pub(super) fn triggered(&mut self, hits: Vec<Found>, arrival: Option<Arrival>, pc: u64, mode: RunMode) {
         // A watchpoint says nothing about the instruction behind the access (law 22), and does not
         // end a crossing either while a REP goes on.
-        let crossing = hits.iter().any(|(behind, _)| behind.request.on == Trigger::Execute);
+        let crossing = hits.iter().any(|hit| hit.behind.request.on == Trigger::Execute);
         let gdb_knows = self.told.is_some_and(|told| told.pc == pc);
         let crossed = self.told.is_some_and(|told| told.crossing);
         let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(pc));
@@ -483,18 +503,18 @@ impl<C: Cpu> VcpuThread<C> {
             self.end_step(arrival, pc, crossed);
         }
         let mut stops: Vec<Stop> = Vec::new();
-        for (behind, addr) in hits {
-            let SlotOwner { owner, request, .. } = behind;
+        for hit in hits {
+            let SlotOwner { owner, request, .. } = hit.behind;
             // Whoever was stopped here by a step has seen this crossing; the others have not.
             if gdb_knows && owner.level == Level::Gdb && request.on == Trigger::Execute {
                 continue;
             }
-            if self.ask_handler(&behind, pc) == Disposition::Continue {
+            if self.ask_handler(&hit, pc) == Disposition::Continue {
                 continue;
             }
             let reason = match request.on {
                 Trigger::Execute => StopReason::Breakpoint(request),
-                _ => StopReason::Watchpoint { request, addr, stored: None },
+                _ => StopReason::Watchpoint { request, addr: hit.addr, stored: hit.stored },
             };
             stops.push(Stop { vcpu: self.id, reason, owner: Some(owner) });
         }
@@ -548,10 +568,11 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// What the owner's handler says about a hit; without one, a hit is a stop.
-    fn ask_handler(&mut self, behind: &SlotOwner, pc: u64) -> Disposition {
-        let Some(handler) = &behind.handler else { return Disposition::Stop };
-        let (owner, request, vcpu) = (behind.owner, behind.request, self.id);
-        handler.call(&mut Hit { owner, request, vcpu, pc, state: &mut HitState(&mut self.cpu) })
+    fn ask_handler(&mut self, hit: &Found, pc: u64) -> Disposition {
+        let Some(handler) = &hit.behind.handler else { return Disposition::Stop };
+        let (owner, request, vcpu) = (hit.behind.owner, hit.behind.request, self.id);
+        let (stored, state) = (hit.stored.as_ref(), &mut HitState(&mut self.cpu));
+        handler.call(&mut Hit { owner, request, vcpu, pc, stored, state })
     }
 
     fn reflect(&mut self, inject: impl FnOnce(&mut C) -> io::Result<()>) {
@@ -581,7 +602,7 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// The stepped instruction is over: tell, or go on if it was only to get off a breakpoint.
-    fn step_done(&mut self, arrival: Arrival, mode: RunMode) {
+    pub(super) fn step_done(&mut self, arrival: Arrival, mode: RunMode) {
         let crossing = self.told.is_some_and(|told| told.crossing);
         match self.cpu.pc() {
             Ok(pc) => self.end_step(arrival, pc, crossing),
@@ -605,7 +626,7 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// Parks for a reason that is no breakpoint's.
-    fn stop(&mut self, reason: StopReason) {
+    pub(super) fn stop(&mut self, reason: StopReason) {
         self.stop_for(vec![Stop::new(self.id, reason)]);
     }
 

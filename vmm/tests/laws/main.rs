@@ -11,6 +11,7 @@
 mod arming;
 mod booted;
 mod clock;
+mod doctor;
 mod inquest;
 mod lane;
 mod law;
@@ -24,6 +25,7 @@ mod step;
 mod stop_all;
 mod traps;
 mod update;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -44,12 +46,14 @@ fn main() -> ExitCode {
 fn all() -> Vec<Law> {
     [
         vec![law!(the_table_of_laws_has_a_row_for_every_test)],
+        doctor::laws(),
         arming::laws(),
         update::laws(),
         once::laws(),
         over::laws(),
         stop_all::laws(),
         traps::laws(),
+        watch::laws(),
         step::laws(),
         patch::laws(),
         lifecycle::laws(),

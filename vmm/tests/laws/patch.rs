@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use trapline_guests::fixture::{self, cpu_field};
 use trapline_vmm::debug::{
-    Breakpoint, BreakpointError, Crash, Disposition, Handler, INT3, Level, Mechanism, Owner, RunMode, StopReason, VcpuId,
+    Breakpoint, BreakpointError, Crash, Disposition, Handler, INT3, Level, Mechanism, Owner, RunMode, StopReason,
+    VcpuId,
 };
 use trapline_vmm::vcpu::Exit;
 
@@ -131,7 +132,10 @@ fn l54_where_int3_is_the_guests_the_fifth_is_refused() {
     let set = demo.vm.set_breakpoint(Owner::GDB, fifth);
     if Patches.missing().is_none() {
         set.unwrap();
-        assert_eq!(demo.run_all().reason, StopReason::Breakpoint(fifth));
+        // The first of the four is where the guest comes by as well.
+        let first = StopReason::Breakpoint(Breakpoint::exec(demo.at("count_a_round")));
+        let mut reasons = (0..).map(|_| demo.run_all().reason);
+        assert_eq!(reasons.find(|reason| *reason != first), Some(StopReason::Breakpoint(fifth)));
     } else {
         assert_eq!(set, Err(BreakpointError::NoSlot { request: fifth, needed: 1, free: 0 }));
     }
@@ -461,7 +465,10 @@ fn l58_a_patch_on_a_hlt() {
     // It sleeps with interrupts off.
     assert_eq!(send_nmi(rig.raw[0]), 0);
     assert_eq!(rig.wait().reason, StopReason::GuestExit(0));
-    assert_eq!(rig.log().iter().map(|entry| (entry.vector, name(entry.rip))).collect::<Vec<_>>(), [(2, name(at("s_hlt_next")))]);
+    assert_eq!(
+        rig.log().iter().map(|entry| (entry.vector, name(entry.rip))).collect::<Vec<_>>(),
+        [(2, name(at("s_hlt_next")))]
+    );
 }
 
 /// `stepi` onto a patch, over it, and away.

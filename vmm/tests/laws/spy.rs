@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread::ThreadId;
 
 use trapline_vmm::debug::{DebugImage, Dr6, General};
+use trapline_vmm::memory::DeviceStore;
 use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Registers, Standing};
 
 use crate::clock::{Monitor, PATIENCE};
@@ -23,6 +24,7 @@ pub(crate) struct Notes {
     pub(crate) entries: u64,
     pub(crate) kicked: u64,
     pub(crate) served: u64,
+    pub(crate) stored: u64,
     pub(crate) trapped: u64,
     /// Of those that trapped: a step was done.
     pub(crate) stepped: u64,
@@ -124,6 +126,7 @@ impl Spy {
         self.0.change(|notes| match exit {
             Exit::Kicked => notes.kicked += 1,
             Exit::Served(_) => notes.served += 1,
+            Exit::Store { .. } => notes.stored += 1,
             Exit::Debug(exit) => {
                 notes.trapped += 1;
                 notes.stepped += u64::from(Dr6(exit.dr6).single_step());
@@ -264,6 +267,16 @@ impl Cpu for Spied {
     fn write(&mut self, addr: u64, bytes: &[u8]) -> bool {
         self.spy.visit();
         self.cpu.write(addr, bytes)
+    }
+
+    fn device_stores(&mut self) -> Vec<DeviceStore> {
+        self.spy.visit();
+        self.cpu.device_stores()
+    }
+
+    fn exchange(&mut self, gpa: u64, new: &[u8], old: &mut [u8]) -> usize {
+        self.spy.visit();
+        self.cpu.exchange(gpa, new, old)
     }
 
     fn reflect_db(&mut self, causes: u64) -> io::Result<()> {

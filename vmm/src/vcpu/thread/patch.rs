@@ -14,7 +14,7 @@
 
 use std::io;
 
-use super::{State, Told, VcpuThread};
+use super::{Found, State, Told, VcpuThread};
 use crate::debug::{Crash, INT3, Patch, RunMode, SlotOwner, StopReason};
 use crate::vcpu::Cpu;
 use crate::vcpu::protocol::Message;
@@ -49,13 +49,14 @@ impl<C: Cpu> VcpuThread<C> {
         if self.byte_at(gpa) == Some(INT3) {
             let asked = |behind: &&SlotOwner| behind.request.addr == pc;
             let owners = self.image.patch_at(gpa).map_or(&[][..], |patch| &patch.owners);
-            let hits: Vec<(SlotOwner, u64)> = owners.iter().filter(asked).map(|behind| (behind.clone(), pc)).collect();
+            let found = |behind: &SlotOwner| Found { behind: behind.clone(), addr: pc, stored: None };
+            let hits: Vec<Found> = owners.iter().filter(asked).map(found).collect();
             if hits.is_empty() || self.is_back(pc) {
                 // Another linear address of the same byte, which is nobody's (law 57), or the crossing
                 // that was told goes on: it is only to be stepped over.
                 self.told = Some(Told { pc, crossing: true });
             } else {
-                self.hit(hits, pc, None, mode);
+                self.triggered(hits, None, pc, mode);
             }
         }
         true
