@@ -61,6 +61,7 @@ const FIXTURE: &[Source] = &[
     source("fixture/fixture.c"),
     source("fixture/c_properties.S"),
     source("fixture/breakpoints.S"),
+    source("fixture/patches.S"),
     source("fixture/watchpoints.S"),
     source("fixture/steps.S"),
     source("fixture/own_debug.S"),

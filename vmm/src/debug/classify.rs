@@ -2,6 +2,9 @@
 
 use super::{DebugImage, Dr6, GuestBreakpoint, Overlay, SLOTS, SlotCondition, SlotOwner};
 
+/// Vector of #BP.
+pub const BP: u32 = 3;
+
 /// KVM_EXIT_DEBUG as the kernel reports it, without `dr7`: that field is stale or garbage on
 /// some flavours (law 26).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,7 +84,7 @@ pub fn classify(
     expect: Expectation,
     guest: &mut impl GuestView,
 ) -> Causes {
-    if exit.exception == 3 {
+    if exit.exception == BP {
         return Causes { guest_bp: true, ..Causes::default() };
     }
     let dr6 = Dr6(exit.dr6);

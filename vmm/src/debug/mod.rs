@@ -23,7 +23,7 @@ mod slots;
 mod stop;
 
 pub use breakpoint::{Breakpoint, BreakpointError, Level, Owner, Trigger};
-pub use classify::{Causes, DebugExit, Expectation, GuestView, classify};
+pub use classify::{BP, Causes, DebugExit, Expectation, GuestView, classify};
 pub use guest::{GENERAL_DETECT, GuestBreakpoint, GuestBreakpoints, GuestRegisters, Overlay, Remembered};
 pub(crate) use handler::GuestState;
 pub use handler::{Disposition, Handler, Hit};

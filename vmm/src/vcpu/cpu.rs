@@ -5,6 +5,7 @@ use std::io;
 
 use super::{Activity, Registers};
 use crate::debug::{Crash, DebugExit, DebugImage, Dr7, General, GuestRegisters, Overlay, SLOTS, StopReason};
+use crate::memory::DeviceStore;
 
 /// Why guest code stopped running. Parsed once from `kvm_run`; everything after matches on this.
 #[derive(Debug)]
@@ -15,6 +16,14 @@ pub enum Exit {
     Again,
     /// A port or MMIO access, already served. It is complete only after another entry (law C4).
     Served(Option<StopReason>),
+    /// A store, or a part of one, into a page of RAM that is read-only for the guest. It is not done
+    /// yet, although RIP is behind it already; like [`Served`](Self::Served), it is complete only after another entry.
+    Store {
+        /// Guest-physical address of the first byte.
+        gpa: u64,
+        /// What is stored, at most eight bytes.
+        data: Vec<u8>,
+    },
     /// #DB or #BP.
     Debug(DebugExit),
     /// The guest cannot go on.
@@ -133,11 +142,34 @@ pub trait Cpu {
     /// Guest-physical address of a linear one; `None` if it is not mapped.
     fn translate(&mut self, addr: u64) -> Option<u64>;
 
-    /// Bytes at a linear address; how many could be read.
+    /// Whether ring 3 may use what is at a linear address, as far as the page tables say.
+    fn is_users(&mut self, _addr: u64) -> bool {
+        false
+    }
+
+    /// RAM from a guest-physical address on, as it is; how many bytes could be read.
+    fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize;
+
+    /// Writes RAM from a guest-physical address on; whether all of it could be written.
+    fn write_physical(&mut self, gpa: u64, bytes: &[u8]) -> bool;
+
+    /// From now on [`read`](Self::read) does not show the patches of this image.
+    fn hide(&mut self, _patches_of: &DebugImage) {}
+
+    /// Bytes at a linear address, without patches (law 55); how many could be read.
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize;
 
     /// Writes to a linear address; whether all of it could be written.
     fn write(&mut self, addr: u64, bytes: &[u8]) -> bool;
+
+    /// Stores to a guest-physical address as an instruction would, and gives what was there in
+    /// `old`, which is as long; how many bytes were RAM.
+    fn exchange(&mut self, gpa: u64, new: &[u8], old: &mut [u8]) -> usize;
+
+    /// What devices have stored to watched pages, since this was last asked on any vCPU.
+    fn device_stores(&mut self) -> Vec<DeviceStore> {
+        Vec::new()
+    }
 
     /// Gives the guest its own #DB, with these DR6 causes added to its DR6 (laws 24, 25).
     fn reflect_db(&mut self, causes: u64) -> io::Result<()>;

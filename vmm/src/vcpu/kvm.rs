@@ -19,15 +19,16 @@ use kvm_bindings::{
     kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment, kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::VcpuFd;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::synced::SyncedFd;
 use super::xsave::{put_fpu, to_fpu};
 use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Raised, Registers, Segment, Standing, kick};
-use crate::debug::{Crash, DebugExit, Dr6, GENERAL_DETECT, General, GuestRegisters, StopReason};
+use crate::debug::{Crash, DebugExit, DebugImage, Dr6, GENERAL_DETECT, General, GuestRegisters, StopReason};
 use crate::devices::{Bus, DeviceEvent};
 use crate::limits::LOOK_INTERVAL;
-use crate::paging::Paging;
+use crate::memory::{DeviceStore, GuestRam};
+use crate::paging::{Paging, exchange_physical, read_physical, write_all_physical};
 
 const MSR_STAR: u32 = 0xc000_0081;
 const MSR_LSTAR: u32 = 0xc000_0082;
@@ -48,16 +49,18 @@ pub type ArmHook = Arc<dyn Fn(&Arming) -> io::Result<()> + Send + Sync>;
 pub struct KvmCpu {
     fd: SyncedFd,
     bus: Arc<Bus>,
-    memory: GuestMemoryMmap,
+    ram: GuestRam,
     arm_hook: Option<ArmHook>,
     /// Its own timer, once it was needed.
     timer: Option<kick::Timer>,
+    /// Its patches are not shown.
+    hidden: DebugImage,
 }
 
 impl KvmCpu {
     /// Takes over a vCPU whose initial state is set.
-    pub fn new(fd: VcpuFd, bus: Arc<Bus>, memory: GuestMemoryMmap, arm_hook: Option<ArmHook>) -> Self {
-        Self { fd: SyncedFd::new(fd), bus, memory, arm_hook, timer: None }
+    pub fn new(fd: VcpuFd, bus: Arc<Bus>, ram: GuestRam, arm_hook: Option<ArmHook>) -> Self {
+        Self { fd: SyncedFd::new(fd), bus, ram, arm_hook, timer: None, hidden: DebugImage::default() }
     }
 
     fn enter(&mut self) -> Exit {
@@ -104,6 +107,10 @@ impl KvmCpu {
                 let len = (mmio.len as usize).min(mmio.data.len());
                 let data = &mut mmio.data[..len];
                 if mmio.is_write != 0 {
+                    // RAM that is read-only for the guest: a page with watchpoints on it (law 66).
+                    if self.ram.mem().address_in_range(GuestAddress(mmio.phys_addr)) {
+                        return Exit::Store { gpa: mmio.phys_addr, data: data.to_vec() };
+                    }
                     served(bus.mmio_write(mmio.phys_addr, data))
                 } else {
                     bus.mmio_read(mmio.phys_addr, data);
@@ -327,15 +334,40 @@ impl Cpu for KvmCpu {
     }
 
     fn translate(&mut self, addr: u64) -> Option<u64> {
-        Some(self.paging().ok()?.translate(&self.memory, addr)?.gpa)
+        Some(self.paging().ok()?.translate(self.ram.mem(), addr)?.gpa)
+    }
+
+    fn is_users(&mut self, addr: u64) -> bool {
+        self.paging().is_ok_and(|paging| paging.translate(self.ram.mem(), addr).is_some_and(|mapping| mapping.user))
+    }
+
+    fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize {
+        read_physical(self.ram.mem(), gpa, into)
+    }
+
+    fn write_physical(&mut self, gpa: u64, bytes: &[u8]) -> bool {
+        write_all_physical(self.ram.mem(), gpa, bytes)
+    }
+
+    fn hide(&mut self, patches_of: &DebugImage) {
+        self.hidden = patches_of.clone();
     }
 
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize {
-        self.paging().map_or(0, |paging| paging.read(&self.memory, addr, into))
+        let Ok(paging) = self.paging() else { return 0 };
+        paging.read_shown(self.ram.mem(), addr, into, |gpa, bytes| self.hidden.hide_patches(gpa, bytes))
     }
 
     fn write(&mut self, addr: u64, bytes: &[u8]) -> bool {
-        self.paging().is_ok_and(|paging| paging.write(&self.memory, addr, bytes))
+        self.paging().is_ok_and(|paging| paging.write(self.ram.mem(), addr, bytes))
+    }
+
+    fn exchange(&mut self, gpa: u64, new: &[u8], old: &mut [u8]) -> usize {
+        exchange_physical(self.ram.mem(), gpa, new, old)
+    }
+
+    fn device_stores(&mut self) -> Vec<DeviceStore> {
+        self.ram.take_device_stores()
     }
 
     fn reflect_db(&mut self, causes: u64) -> io::Result<()> {
@@ -427,7 +459,7 @@ impl Cpu for KvmCpu {
         let regs = self.fd.get_regs()?;
         let paging = Paging { cr0: sregs.cr0, cr3: sregs.cr3, cr4: sregs.cr4, efer: sregs.efer };
         let mut code = [0; MAX_INSTRUCTION];
-        let fetched = paging.fetch(&self.memory, regs.rip, sregs.ss.dpl == 3, &mut code);
+        let fetched = paging.fetch(self.ram.mem(), regs.rip, sregs.ss.dpl == 3, &mut code);
         Ok(Some(Standing { general: to_general(&regs), wide: paging.is_wide(), code, fetched }))
     }
 

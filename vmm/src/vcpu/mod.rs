@@ -15,8 +15,10 @@ pub(crate) mod protocol;
 mod raised;
 mod registers;
 mod step;
+mod store;
 mod synced;
 pub(crate) mod thread;
+mod unserved;
 mod xsave;
 
 pub use cpu::{Arming, Cpu, Exit, Raised, Standing};

@@ -12,6 +12,7 @@
 //! next entry return at once, so that no command waits for a guest exit (law C2).
 
 mod guest_events;
+mod patch;
 
 use std::io;
 
@@ -19,12 +20,12 @@ use super::Registers;
 use super::cpu::{Arming, Cpu, Exit};
 use super::guest_level::GuestLevel;
 use super::over;
-use super::protocol::{Answer, Command, Event, Message, Reply, Request};
+use super::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
 use super::step::{Arrival, Crossing, DB, Outcome, Placed, Stepped};
 use crate::debug::{
-    Breakpoint, Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Dr7, Expectation, GuestState, Hit, Level,
-    Notice, Overlay, Owner, Piece, RunMode, Slot, SlotCondition, SlotOwner, Stop, StopReason, Trigger, VcpuId,
-    classify,
+    BP, Breakpoint, Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Dr7, Expectation, GuestState, Hit, INT3,
+    Level, Notice, Overlay, Owner, Piece, RunMode, Slot, SlotCondition, SlotOwner, Stop, StopReason, Stored, Trigger,
+    VcpuId, classify,
 };
 use crate::limits::PAGE_SIZE;
 use crate::sync::{Arc, mpsc};
@@ -41,9 +42,9 @@ enum State {
 }
 
 /// What one entry into the guest was armed for.
-struct Entry {
-    from: u64,
-    stepping: bool,
+pub(super) struct Entry {
+    pub(super) from: u64,
+    pub(super) stepping: bool,
     armed: Overlay,
     /// The step's own slots.
     placed: Placed,
@@ -54,6 +55,15 @@ impl Entry {
     fn free(armed: Overlay) -> Self {
         Entry { from: 0, stepping: false, armed, placed: Placed::NONE }
     }
+}
+
+/// A request that triggered.
+pub(super) struct Found {
+    pub(super) behind: SlotOwner,
+    /// The data address that matched.
+    pub(super) addr: u64,
+    /// What was stored, where that is seen.
+    pub(super) stored: Option<Stored>,
 }
 
 /// The last stop, for as long as the vCPU has not left the place.
@@ -81,7 +91,7 @@ impl<C: Cpu> GuestState for HitState<'_, C> {
 
 pub(crate) struct VcpuThread<C> {
     id: VcpuId,
-    cpu: C,
+    pub(super) cpu: C,
     inbox: mpsc::Receiver<Command>,
     outbox: mpsc::Sender<Message>,
     /// Wakes whoever waits for events elsewhere than in the channel.
@@ -89,17 +99,19 @@ pub(crate) struct VcpuThread<C> {
     state: State,
     /// The mode in which a Park found it. A stop of its own leaves nothing to go back to.
     parked_from: Option<RunMode>,
-    image: Arc<DebugImage>,
+    pub(super) image: Arc<DebugImage>,
     /// What KVM was last told; `None` when it must be told again.
     armed: Option<Arming>,
     /// What was told where the vCPU stands.
     told: Option<Told>,
     /// A served access has not been completed yet.
-    incomplete: bool,
+    pub(super) incomplete: bool,
     /// The instruction that is being stepped, from its first entry until it is done.
     stepped: Option<Stepped>,
     /// The guest steps itself, and is owed its #DB for the instruction before this pc (law 46).
     owes_trap_at: Option<u64>,
+    /// All other vCPUs are parked until it has stepped over a patch.
+    alone: bool,
     /// A crossing that was told and is not over: its instruction has faulted, or is a REP that was
     /// interrupted. The guest may be about to come back to it (law 42).
     unfinished: Option<Crossing>,
@@ -133,6 +145,7 @@ impl<C: Cpu> VcpuThread<C> {
             incomplete: false,
             stepped: None,
             owes_trap_at: None,
+            alone: false,
             unfinished: None,
             guest: GuestLevel::default(),
             kicks_itself: false,
@@ -169,6 +182,7 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     fn obey(&mut self, command: Command) {
+        let late = matches!(command.request, Request::StepOver);
         let result = match command.request {
             Request::Install(image) => self.install(image).map(|()| Reply::Done),
             Request::Park => {
@@ -178,6 +192,8 @@ impl<C: Cpu> VcpuThread<C> {
                 self.park().map(|()| Reply::Done)
             }
             Request::Resume(mode) => {
+                // One that is to stay parked now does not go on at the next Unpark either.
+                self.parked_from = None;
                 self.resume(mode);
                 Ok(Reply::Done)
             }
@@ -189,6 +205,10 @@ impl<C: Cpu> VcpuThread<C> {
             }
             Request::Untell => {
                 self.told = None;
+                Ok(Reply::Done)
+            }
+            Request::StepOver => {
+                self.step_over();
                 Ok(Reply::Done)
             }
             Request::ReadRegisters => self.cpu.registers().map(|r| Reply::Registers(Box::new(r))),
@@ -208,10 +228,14 @@ impl<C: Cpu> VcpuThread<C> {
         };
         let result = result.map_err(|error| error.to_string());
         self.send(Message::Answer(Answer { vcpu: self.id, seq: command.seq, result }));
+        if late {
+            // All others wait for this one; if the coordinator has given up on it, it must look again.
+            (self.notify)();
+        }
     }
 
     /// The pieces of a linear range in guest-physical memory, page by page.
-    fn locate(&mut self, (addr, len): (u64, u64)) -> Option<Vec<Piece>> {
+    fn locate(&mut self, (addr, len): (u64, u64)) -> Option<Located> {
         let mut pieces = Vec::new();
         let mut done = 0;
         while done < len {
@@ -220,7 +244,7 @@ impl<C: Cpu> VcpuThread<C> {
             pieces.push(Piece { gpa: self.cpu.translate(at)?, len: piece });
             done += piece;
         }
-        Some(pieces)
+        Some(Located { pieces, user: self.cpu.is_users(addr) })
     }
 
     /// The coordinator may be gone already; then nobody wants to hear.
@@ -236,6 +260,7 @@ impl<C: Cpu> VcpuThread<C> {
         // On failure KVM has kept what it had, and so does this thread.
         self.cpu.arm(&arming)?;
         self.armed = Some(arming);
+        self.cpu.hide(&image);
         self.image = image;
         self.tell_lost(&overlay);
         self.kick_itself_if_needed();
@@ -312,6 +337,9 @@ impl<C: Cpu> VcpuThread<C> {
         self.let_the_guests_own_come_first();
         if self.is_over_in_place(mode) {
             return;
+        }
+        if self.stands_on_told_patch() {
+            return self.want_alone(mode);
         }
         let entry = match self.prepare(mode) {
             Ok(entry) => entry,
@@ -392,13 +420,22 @@ impl<C: Cpu> VcpuThread<C> {
         heard.fold(0, |bits, (n, _)| bits | 1 << n)
     }
 
-    /// Whether the step is over a HLT that no armed slot stops at first.
-    fn halts(&self, entry: &Entry) -> bool {
-        entry.stepping && self.stepped.as_ref().is_some_and(Stepped::halts) && !entry.armed.stops_at(entry.from)
+    /// Whether the step is over a HLT that no armed slot and no patch stops at first.
+    fn halts(&mut self, entry: &Entry) -> bool {
+        entry.stepping
+            && self.stepped.as_ref().is_some_and(Stepped::halts)
+            && !entry.armed.stops_at(entry.from)
+            && self.patch_under(entry.from).is_none()
     }
 
     fn handle(&mut self, mut exit: Exit, entry: &Entry, mode: RunMode) {
         self.look_after(&exit, entry);
+        if matches!(exit, Exit::Served(_)) {
+            let stores = self.cpu.device_stores();
+            if !stores.is_empty() {
+                return self.stored(exit, stores, entry, mode);
+            }
+        }
         // A port or MMIO access that is stepped is completed at once: on some paths KVM reports no
         // #DB for it (law 50). It may consist of several exits.
         while entry.stepping && matches!(exit, Exit::Served(None)) {
@@ -419,13 +456,22 @@ impl<C: Cpu> VcpuThread<C> {
                 self.settle();
                 self.stop(reason);
             }
-            Exit::Debug(exit) => self.trapped(exit, entry, mode),
-            Exit::Crash(Crash::EmulationFailure { bytes }) => self.cannot_emulate(bytes, mode),
-            Exit::Crash(crash) => self.stop(StopReason::Crash(crash)),
+            Exit::Store { .. } => self.stored(exit, Vec::new(), entry, mode),
+            Exit::Debug(exit) if exit.exception == BP && self.ran_into_patch(exit.pc, mode) => {}
+            Exit::Debug(exit) => self.trapped(exit, Vec::new(), entry, mode),
+            // A KVM that interprets ring 0 does not know INT3 (law 54).
+            Exit::Crash(Crash::EmulationFailure { bytes })
+                if bytes.first() == Some(&INT3) && self.cpu.pc().is_ok_and(|pc| self.ran_into_patch(pc, mode)) => {}
+            Exit::Crash(Crash::EmulationFailure { bytes }) if self.raises(&bytes, mode) => {}
+            Exit::Crash(crash) => {
+                let crash = self.explain(crash);
+                self.stop(StopReason::Crash(crash));
+            }
         }
     }
 
-    fn trapped(&mut self, exit: DebugExit, entry: &Entry, mode: RunMode) {
+    /// #DB or #BP, after a store of the same instruction that these requests watch.
+    pub(super) fn trapped(&mut self, exit: DebugExit, stores: Vec<Found>, entry: &Entry, mode: RunMode) {
         let stopped_by_step = entry.placed.stopped(&exit);
         if stopped_by_step && self.stepped.as_ref().is_some_and(Stepped::waits) {
             // It is awake, and what woke it has been handled: now for the step itself.
@@ -451,11 +497,13 @@ impl<C: Cpu> VcpuThread<C> {
             // The instruction is stepped over, as is one whose crossing was told.
             self.told = Some(Told { pc: exit.pc, crossing: true });
         }
-        if !hits.is_empty() && self.is_back(&exit) {
+        if !hits.is_empty() && self.is_back(exit.pc) {
             // The crossing that was told goes on; its slot is suspended again, and it is stepped.
             self.told = Some(Told { pc: exit.pc, crossing: true });
             return;
         }
+        let hits = hits.into_iter().map(|(behind, addr)| Found { behind, addr, stored: None });
+        let hits: Vec<Found> = stores.into_iter().chain(hits).collect();
         let is_here = stopped_by_step || !hits.is_empty();
         let arrival = match &self.stepped {
             Some(stepped) if step || is_here && entry.stepping => stepped.arrival(exit.pc, step),
@@ -469,7 +517,8 @@ impl<C: Cpu> VcpuThread<C> {
             }
             // Who steps over a breakpoint steps over all iterations: they are one crossing.
             if stepped.goes_on_at(exit.pc) && mode == RunMode::Continue {
-                if stepped.iterated()
+                if !self.alone
+                    && stepped.iterated()
                     && let Err(error) = self.breathe(exit.pc)
                 {
                     tracing::warn!(vcpu = self.id.0, %error, "a REP could not be interrupted");
@@ -478,32 +527,37 @@ impl<C: Cpu> VcpuThread<C> {
             }
             return self.step_done(arrival, mode);
         }
+        self.triggered(hits, arrival, exit.pc, mode);
+    }
+
+    /// Asks the handlers of what triggered, and stops for the rest. `arrival`: the step is over, too.
+    pub(super) fn triggered(&mut self, hits: Vec<Found>, arrival: Option<Arrival>, pc: u64, mode: RunMode) {
         // A watchpoint says nothing about the instruction behind the access (law 22), and does not
         // end a crossing either while a REP goes on.
-        let crossing = hits.iter().any(|(behind, _)| behind.request.on == Trigger::Execute);
-        let gdb_knows = self.told.is_some_and(|told| told.pc == exit.pc);
+        let crossing = hits.iter().any(|hit| hit.behind.request.on == Trigger::Execute);
+        let gdb_knows = self.told.is_some_and(|told| told.pc == pc);
         let crossed = self.told.is_some_and(|told| told.crossing);
-        let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(exit.pc));
+        let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(pc));
         if crossing || !goes_on {
-            self.told = crossing.then_some(Told { pc: exit.pc, crossing });
+            self.told = crossing.then_some(Told { pc, crossing });
         }
         if let Some(arrival) = arrival {
             // The instruction is done too; the hit is the reason that is told.
-            self.end_step(arrival, exit.pc, crossed);
+            self.end_step(arrival, pc, crossed);
         }
         let mut stops: Vec<Stop> = Vec::new();
-        for (behind, addr) in hits {
-            let SlotOwner { owner, request, .. } = behind;
+        for hit in hits {
+            let SlotOwner { owner, request, .. } = hit.behind;
             // Whoever was stopped here by a step has seen this crossing; the others have not.
             if gdb_knows && owner.level == Level::Gdb && request.on == Trigger::Execute {
                 continue;
             }
-            if self.ask_handler(&behind, exit.pc) == Disposition::Continue {
+            if self.ask_handler(&hit, pc) == Disposition::Continue {
                 continue;
             }
             let reason = match request.on {
                 Trigger::Execute => StopReason::Breakpoint(request),
-                _ => StopReason::Watchpoint { request, addr, stored: None },
+                _ => StopReason::Watchpoint { request, addr: hit.addr, stored: hit.stored },
             };
             stops.push(Stop { vcpu: self.id, reason, owner: Some(owner) });
         }
@@ -528,8 +582,8 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// Whether the vCPU has come back to an instruction that was told of and has faulted.
-    fn is_back(&mut self, exit: &DebugExit) -> bool {
-        let Some(crossing) = self.unfinished.filter(|crossing| crossing.pc == exit.pc) else { return false };
+    fn is_back(&mut self, pc: u64) -> bool {
+        let Some(crossing) = self.unfinished.filter(|crossing| crossing.pc == pc) else { return false };
         let Ok(registers) = self.cpu.state() else { return false };
         if !crossing.is_of(&registers) {
             return false;
@@ -554,10 +608,11 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// What the owner's handler says about a hit; without one, a hit is a stop.
-    fn ask_handler(&mut self, behind: &SlotOwner, pc: u64) -> Disposition {
-        let Some(handler) = &behind.handler else { return Disposition::Stop };
-        let (owner, request, vcpu) = (behind.owner, behind.request, self.id);
-        handler.call(&mut Hit { owner, request, vcpu, pc, state: &mut HitState(&mut self.cpu) })
+    fn ask_handler(&mut self, hit: &Found, pc: u64) -> Disposition {
+        let Some(handler) = &hit.behind.handler else { return Disposition::Stop };
+        let (owner, request, vcpu) = (hit.behind.owner, hit.behind.request, self.id);
+        let (stored, state) = (hit.stored.as_ref(), &mut HitState(&mut self.cpu));
+        handler.call(&mut Hit { owner, request, vcpu, pc, stored, state })
     }
 
     /// The step is over, at `pc`; `crossing`: that of a breakpoint that was told.
@@ -580,7 +635,7 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// The stepped instruction is over: tell, or go on if it was only to get off a breakpoint.
-    fn step_done(&mut self, arrival: Arrival, mode: RunMode) {
+    pub(super) fn step_done(&mut self, arrival: Arrival, mode: RunMode) {
         let crossing = self.told.is_some_and(|told| told.crossing);
         match self.cpu.pc() {
             Ok(pc) => self.end_step(arrival, pc, crossing),
@@ -604,7 +659,7 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// Parks for a reason that is no breakpoint's.
-    fn stop(&mut self, reason: StopReason) {
+    pub(super) fn stop(&mut self, reason: StopReason) {
         self.stop_for(vec![Stop::new(self.id, reason)]);
     }
 

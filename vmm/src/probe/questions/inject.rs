@@ -39,6 +39,7 @@ pub(super) fn breakpoint_by_events(bench: &mut Bench) -> Result<Inject, Unclear>
     bench.inject(BP)?;
     match bench.run() {
         Exit::Vector(BP) if bench.frame_rip()? == COUNT.at(0) => Ok(Inject::Delivered),
+        Exit::Vector(BP) if bench.frame_rip()? == COUNT.at(1) => Ok(Inject::DeliveredBehind),
         Exit::End => Ok(Inject::Lost),
         exit => unclear(exit, bench),
     }

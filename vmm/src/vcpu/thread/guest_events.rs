@@ -129,16 +129,9 @@ impl<C: Cpu> VcpuThread<C> {
         self.kick_itself_if_needed();
     }
 
-    /// KVM cannot emulate the instruction in `bytes`. Some only raise what the guest is waiting
-    /// for (law 73); at any other the vCPU stops.
-    pub(super) fn cannot_emulate(&mut self, bytes: Vec<u8>, mode: RunMode) {
-        if self.raises(&bytes, mode) {
-            return;
-        }
-        self.stop(StopReason::Crash(Crash::EmulationFailure { bytes }));
-    }
-
-    fn raises(&mut self, bytes: &[u8], mode: RunMode) -> bool {
+    /// KVM cannot emulate the instruction in `bytes`, which may only raise what the guest is waiting
+    /// for (law 73). Whether it does: at any other the vCPU stops.
+    pub(super) fn raises(&mut self, bytes: &[u8], mode: RunMode) -> bool {
         let Some(raised) = raised_by(bytes) else { return false };
         // Gates are checked against the privilege level elsewhere, and real mode has none.
         let Ok(registers) = self.cpu.state() else { return false };
