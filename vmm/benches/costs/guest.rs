@@ -102,7 +102,7 @@ impl Guest {
         let (vm, ram, fds) = machine(programs);
         kick::install().unwrap();
         let bus = Arc::new(Bus::new());
-        let make = |fd| (KvmCpu::new(fd, bus.clone(), ram.mem().clone(), None), Box::new(kick::send) as Kick);
+        let make = |fd| (KvmCpu::new(fd, bus.clone(), ram.clone(), None), Box::new(kick::send) as Kick);
         let cpus = fds.into_iter().map(make).collect();
         let events = Monitor::new(0);
         let notify = events.clone();

@@ -51,16 +51,16 @@ pub struct KvmCpu {
     bus: Arc<Bus>,
     ram: GuestRam,
     arm_hook: Option<ArmHook>,
-    /// Its own timer, once it was needed.
-    timer: Option<kick::Timer>,
     /// Its patches are not shown.
     hidden: DebugImage,
+    /// Its own timer, once it was needed.
+    timer: Option<kick::Timer>,
 }
 
 impl KvmCpu {
     /// Takes over a vCPU whose initial state is set.
     pub fn new(fd: VcpuFd, bus: Arc<Bus>, ram: GuestRam, arm_hook: Option<ArmHook>) -> Self {
-        Self { fd: SyncedFd::new(fd), bus, ram, arm_hook, timer: None, hidden: DebugImage::default() }
+        Self { fd: SyncedFd::new(fd), bus, ram, arm_hook, hidden: DebugImage::default(), timer: None }
     }
 
     fn enter(&mut self) -> Exit {

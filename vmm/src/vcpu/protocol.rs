@@ -43,9 +43,9 @@ pub(crate) enum Request {
 pub(crate) enum Message {
     Answer(Answer),
     Event(Event),
-    Notice(Notice),
     /// This vCPU has parked itself until it may step over a patch with all others parked.
     WantsAlone(VcpuId),
+    Notice(Notice),
 }
 
 #[derive(Debug)]

@@ -12,6 +12,7 @@ mod arming;
 mod booted;
 mod clock;
 mod doctor;
+mod fire;
 mod guest;
 mod inquest;
 mod lane;
@@ -50,6 +51,7 @@ fn all() -> Vec<Law> {
         arming::laws(),
         update::laws(),
         once::laws(),
+        fire::laws(),
         over::laws(),
         stop_all::laws(),
         guest::laws(),

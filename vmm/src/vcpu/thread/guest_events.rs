@@ -129,8 +129,8 @@ impl<C: Cpu> VcpuThread<C> {
         self.kick_itself_if_needed();
     }
 
-    /// KVM cannot emulate the instruction in `bytes`, which may only raise what the guest is waiting
-    /// for (law 73). Whether it does: at any other the vCPU stops.
+    /// KVM cannot emulate the instruction in `bytes`: whether all that it does is to raise what the
+    /// guest is waiting for (law 73), and that is raised now.
     pub(super) fn raises(&mut self, bytes: &[u8], mode: RunMode) -> bool {
         let Some(raised) = raised_by(bytes) else { return false };
         // Gates are checked against the privilege level elsewhere, and real mode has none.
