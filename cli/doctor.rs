@@ -8,8 +8,8 @@ use anyhow::Context;
 use serde::Serialize;
 use trapline_vmm::debug::Offer;
 use trapline_vmm::probe::{
-    self, BlockIrq, BrokenClaim, Capabilities, DrAccess, GuestSlots, GuestTrapFlag, HaltStep, Inject, InjectBp, Int3,
-    Kick, MultiHit, PushedFlags, ReadonlyWrite, RealModeSlots, ResumeFlag, Slot, SoftwareInterrupt, Step, TripleFault,
+    self, BlockIrq, BrokenClaim, Capabilities, DrAccess, GuestSlots, GuestTrapFlag, HaltStep, InjectBp, Int3, Kick,
+    MultiHit, PushedFlags, ReadonlyWrite, RealModeSlots, ResumeFlag, Slot, SoftwareInterrupt, Step, TripleFault,
 };
 
 use crate::args::DoctorArgs;
@@ -144,9 +144,14 @@ fn sections(host: &Capabilities) -> [(&'static str, Vec<Row>); 5] {
             "Breakpoints",
             vec![
                 row("kernel code", hardware, slot(seen.x_cpl0), by_slots(seen.x_cpl0, "")),
-                row("user code", hardware, slot(seen.x_cpl3), by_slots(seen.x_cpl3, "never hit")),
-                row("INT3, kernel code", claims.software_breakpoints, int3(seen.int3_cpl0), by_patches(offer)),
-                row("INT3, user code", claims.software_breakpoints, int3(seen.int3_cpl3), ""),
+                row("user code", hardware, slot(seen.x_cpl3), by_slots(seen.x_cpl3, "not served")),
+                row("INT3, kernel code", claims.software_breakpoints, int3(seen.int3_cpl0), by_patches(offer.patches)),
+                row(
+                    "INT3, user code",
+                    claims.software_breakpoints,
+                    int3(seen.int3_cpl3),
+                    by_patches(offer.user_patches),
+                ),
             ],
         ),
         (
@@ -170,7 +175,7 @@ fn sections(host: &Capabilities) -> [(&'static str, Vec<Row>); 5] {
                 row("kernel code", claims.single_step, step(seen.ss_cpl0), by_kvm(seen.ss_cpl0)),
                 row("user code", claims.single_step, step(seen.ss_cpl3), by_kvm(seen.ss_cpl3)),
                 row("interrupts held back", claims.block_irq, block_irq(seen.blockirq), ""),
-                row("HLT", None, halt(seen.hlt_halts), ""),
+                row("HLT", None, halt(seen.hlt_halts), "Trapline itself"),
             ],
         ),
         (
@@ -209,8 +214,8 @@ fn by_watches(slot: Slot, offer: Offer) -> &'static str {
     }
 }
 
-fn by_patches(offer: Offer) -> &'static str {
-    if offer.patches { "beyond four slots" } else { "not used" }
+fn by_patches(offered: bool) -> &'static str {
+    if offered { "beyond four slots" } else { "not used" }
 }
 
 fn by_pages(offer: Offer) -> &'static str {
@@ -343,8 +348,8 @@ fn notes(host: &Capabilities) -> Vec<&'static str> {
     );
     note(seen.int_n_cpl3 == SoftwareInterrupt::InvalidOpcode, "INT n in user code raises #UD in the guest.");
     note(
-        seen.inject_bp_advances == InjectBp::Lost || seen.inject_bp_events == Inject::Lost,
-        "A #BP that is given to the guest can be lost.",
+        matches!(seen.inject_bp_advances, InjectBp::Lost | InjectBp::Elsewhere),
+        "A #BP that is given to the guest is lost, or returns to a wrong address.",
     );
     note(seen.triple_fault == TripleFault::StateLost, "After a triple fault the vCPU's registers are lost.");
     note(

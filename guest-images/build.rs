@@ -65,6 +65,7 @@ const FIXTURE: &[Source] = &[
     source("fixture/watchpoints.S"),
     source("fixture/steps.S"),
     source("fixture/own_debug.S"),
+    source("fixture/own_levels.S"),
     source("fixture/devices.S"),
     source("fixture/ring3.S"),
     source("fixture/faults.S"),

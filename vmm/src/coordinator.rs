@@ -460,6 +460,7 @@ impl Coordinator {
         loop {
             match self.messages.try_recv() {
                 Ok(Message::Event(event)) => self.queue(event),
+                Ok(Message::Notice(notice)) => self.notices.push(notice),
                 Ok(Message::WantsAlone(vcpu)) => self.alone.wants(vcpu),
                 // Too late: whoever asked has given up on it.
                 Ok(Message::Answer(answer)) => self.alone.hear(&answer),
@@ -689,6 +690,7 @@ impl Coordinator {
             match message {
                 Ok(Message::Event(event)) => self.queue(event),
                 Ok(Message::WantsAlone(vcpu)) => self.alone.wants(vcpu),
+                Ok(Message::Notice(notice)) => self.notices.push(notice),
                 Ok(Message::Answer(Answer { vcpu, seq: answered, result })) if answered == seq => {
                     // The first answer counts; a second one changes nothing.
                     let place = vcpu.index().checked_sub(asked.start).and_then(|n| answers.get_mut(n));

@@ -12,6 +12,11 @@ pub const QUIT_DEADLINE: Duration = Duration::from_secs(10);
 /// How long to wait for an answer before the vCPU is kicked again.
 pub const KICK_INTERVAL: Duration = Duration::from_millis(2);
 
+/// How long a breakpoint that the guest sets in its own debug registers may go unseen while slots
+/// of ours are armed, on a KVM that does not report the access (SVM, PVM): at the latest after
+/// this much time of running, a vCPU looks.
+pub const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+
 /// How long a guest of the probe may run; they have a few instructions each.
 pub const PROBE_RUN: Duration = Duration::from_secs(10);
 

@@ -16,11 +16,11 @@ use shuttle::sync::{Arc, Mutex};
 use shuttle::thread;
 use trapline_vmm::coordinator::{Coordinator, CoordinatorError, Kick};
 use trapline_vmm::debug::{
-    Breakpoint, BreakpointError, DebugExit, Disposition, Dr6, Handler, INT3, Level, Mechanism, Offer, Owner,
-    ResumePlan, RunMode, Stop, StopReason, Trigger, VcpuId,
+    Breakpoint, BreakpointError, DebugExit, Disposition, Dr6, GuestRegisters, Handler, INT3, Level, Mechanism, Offer,
+    Owner, ResumePlan, RunMode, Stop, StopReason, Trigger, VcpuId,
 };
 use trapline_vmm::ground::Ground;
-use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, Registers};
+use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, Raised, Registers};
 
 /// The loop: LOOP, LOOP + 1 (counts), LOOP + 2, back to LOOP.
 const LOOP: u64 = 0x1000;
@@ -233,8 +233,24 @@ impl Cpu for ModelCpu {
         panic!("the guest was given a #BP that is not its own");
     }
 
-    fn guest_debug_state(&mut self) -> io::Result<(bool, u64)> {
-        Ok((false, 0x400))
+    fn guest_registers(&mut self) -> io::Result<GuestRegisters> {
+        Ok(GuestRegisters { dr7: 0x400, ..GuestRegisters::default() })
+    }
+
+    fn set_guest_registers(&mut self, _: &GuestRegisters) -> io::Result<()> {
+        panic!("the guest's debug registers were written");
+    }
+
+    fn raise(&mut self, event: Raised, _: u64) -> io::Result<()> {
+        panic!("the guest was given what it did not raise: {event:?}");
+    }
+
+    fn end_shadow(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn kick_itself(&mut self, _: bool) -> io::Result<()> {
+        Ok(())
     }
 }
 

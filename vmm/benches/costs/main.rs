@@ -9,6 +9,9 @@
 #[path = "../../tests/laws/clock.rs"]
 mod clock;
 #[allow(dead_code)]
+#[path = "../../tests/laws/inquest.rs"]
+mod inquest;
+#[allow(dead_code)]
 #[path = "../../tests/laws/rig.rs"]
 mod rig;
 #[allow(dead_code)]

@@ -592,6 +592,47 @@ mod tests {
         Some(Place { pieces, original, user: false })
     }
 
+    #[test]
+    fn l54_in_ring_3_a_patch_serves_only_where_its_int3_is_ours_there() {
+        for user_patches in [false, true] {
+            let mut table = SlotTable::new(Offer { user_patches, ..EVERYTHING });
+            for i in 0..4 {
+                set(&mut table, GDB, Breakpoint::exec(i)).unwrap();
+            }
+            let request = Breakpoint::exec(0x1000);
+            let place = mapped(0x1000, 1, 0x90).map(|place| Place { user: true, ..place });
+            let set = table.prepare(&[Change::Set { owner: GDB, request, handler: None, place }]);
+            match user_patches {
+                true => assert_eq!(last(&set.unwrap().unwrap()).patches().len(), 1),
+                false => assert!(matches!(set, Err(BreakpointError::Unsupported { .. }))),
+            }
+        }
+    }
+
+    #[test]
+    fn l56_a_patch_puts_back_what_was_there_when_it_came() {
+        let mut table = SlotTable::new(EVERYTHING);
+        let held = |gpa| match exec_at(gpa, 0x50) {
+            Change::Set { request, place, .. } => {
+                Change::Set { owner: Owner::harness(1), request, handler: None, place }
+            }
+            clear => clear,
+        };
+        for n in 0..4 {
+            table.commit(table.prepare(&[held(0x1000 + n)]).unwrap().unwrap());
+        }
+        // The guest changes its code where a slot serves; then the youngest loses its slot to gdb.
+        table.refresh(|_| Some(0x60));
+        let image = change(&mut table, &[exec_at(0x2000, 0x50)]).unwrap();
+        assert_eq!(
+            image.patches().iter().map(|patch| (patch.gpa, patch.original)).collect::<Vec<_>>(),
+            [(0x1003, 0x60)]
+        );
+        // What is under a patch is not looked at: it is an INT3.
+        table.refresh(|_| Some(0x70));
+        assert_eq!(table.patches()[0].original, 0x60);
+    }
+
     fn change(table: &mut SlotTable, changes: &[Change]) -> Result<DebugImage, BreakpointError> {
         let prepared = table.prepare(changes)?.expect("something to do");
         let image = last(&prepared).clone();

@@ -61,7 +61,11 @@ impl Capabilities {
         check(claims.single_step, STEP, "ss_cpl3", lost(seen.ss_cpl3, "steps of user code do not come to us"));
         let ignored = (seen.blockirq == BlockIrq::Ignored).then_some("interrupts are delivered in a step");
         check(claims.block_irq, "KVM_GUESTDBG_BLOCKIRQ", "blockirq", ignored);
-        let injected = (seen.inject_bp_advances == InjectBp::Lost).then_some("the #BP is lost");
+        let injected = match seen.inject_bp_advances {
+            InjectBp::Lost => Some("the #BP is lost"),
+            InjectBp::Elsewhere => Some("the #BP returns to the address of an earlier exit"),
+            _ => None,
+        };
         check(sw, "KVM_GUESTDBG_INJECT_BP", "inject_bp_advances", injected);
         let injected = (seen.inject_db == Inject::Lost).then_some("the #DB is lost");
         check(hw, "KVM_GUESTDBG_INJECT_DB", "inject_db", injected);

@@ -192,6 +192,8 @@ answers! {
         Advances,
         /// The handler's frame has the address of the INT3: RIP must be moved before.
         Stays,
+        /// The handler's frame has an address from an exit before: SVM takes the return address from there.
+        Elsewhere,
         /// There is no exception.
         Lost,
     }
@@ -202,6 +204,8 @@ answers! {
         Delivered,
         /// The guest's handler runs, but its frame has the address of the next instruction.
         DeliveredBehind,
+        /// The guest's handler runs, but its frame has an address from an exit before.
+        DeliveredElsewhere,
         /// The guest's handler runs, but DR6 is not what KVM_SET_DEBUGREGS had set.
         DeliveredWithOtherDr6,
         /// There is no exception.

@@ -4,7 +4,7 @@
 use std::io;
 
 use super::{Activity, Registers};
-use crate::debug::{Crash, DebugExit, DebugImage, Dr7, General, SLOTS, StopReason};
+use crate::debug::{Crash, DebugExit, DebugImage, Dr7, General, GuestRegisters, Overlay, SLOTS, StopReason};
 use crate::memory::DeviceStore;
 
 /// Why guest code stopped running. Parsed once from `kvm_run`; everything after matches on this.
@@ -50,9 +50,39 @@ impl Arming {
     pub const OFF: Arming =
         Arming { addresses: [0; SLOTS], dr7: Dr7::NONE, step: false, block_irq: false, int3: false };
 
-    /// The whole image, for running on.
-    pub fn run(image: &DebugImage) -> Self {
-        Arming { addresses: image.addresses(), dr7: image.dr7(), int3: !image.patches().is_empty(), ..Arming::OFF }
+    /// These slots and the patches of the image, for running on.
+    pub fn run(image: &DebugImage, overlay: &Overlay) -> Self {
+        let int3 = !image.patches().is_empty();
+        Arming { addresses: overlay.addresses(), dr7: overlay.dr7(), int3, ..Arming::OFF }
+    }
+}
+
+/// What an instruction raises in the guest that executes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Raised {
+    /// An exception, with its error code if it has one.
+    Exception {
+        /// Its vector.
+        vector: u8,
+        /// Its error code.
+        error: Option<u32>,
+    },
+    /// INT n.
+    Interrupt {
+        /// Its vector.
+        vector: u8,
+    },
+}
+
+impl Raised {
+    /// An exception without an error code.
+    pub const fn exception(vector: u8) -> Self {
+        Raised::Exception { vector, error: None }
+    }
+
+    /// An exception with the error code 0.
+    pub const fn fault(vector: u8) -> Self {
+        Raised::Exception { vector, error: Some(0) }
     }
 }
 
@@ -147,8 +177,22 @@ pub trait Cpu {
     /// Gives the guest its own #BP for the INT3 at RIP (law 34).
     fn reflect_bp(&mut self) -> io::Result<()>;
 
-    /// The guest's own TF and DR7, which tell its traps from ours.
-    fn guest_debug_state(&mut self) -> io::Result<(bool, u64)>;
+    /// The guest's own DR0-3, DR6 and DR7 (law 30).
+    fn guest_registers(&mut self) -> io::Result<GuestRegisters>;
+
+    /// Writes them. The guest is the only one who sees the values.
+    fn set_guest_registers(&mut self, registers: &GuestRegisters) -> io::Result<()>;
+
+    /// Moves RIP by `len` and delivers at the next entry what the instruction there raises. The
+    /// caller arms again afterwards (law 7).
+    fn raise(&mut self, event: Raised, len: u64) -> io::Result<()>;
+
+    /// The instruction at RIP was carried out for the guest: what STI or MOV SS held back until
+    /// behind it is held back no longer.
+    fn end_shadow(&mut self) -> io::Result<()>;
+
+    /// Kicks itself every [`LOOK_INTERVAL`](crate::limits::LOOK_INTERVAL) from now on, or no more.
+    fn kick_itself(&mut self, often: bool) -> io::Result<()>;
 
     /// Where it stands, if an instruction may be carried out there for it.
     fn standing(&mut self) -> io::Result<Option<Standing>> {

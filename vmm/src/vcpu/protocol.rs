@@ -5,7 +5,7 @@
 //! channel, so that an event is always seen before the answer that was sent after it.
 
 use super::{Activity, Registers};
-use crate::debug::{DebugImage, Piece, RunMode, Stop, VcpuId};
+use crate::debug::{DebugImage, Notice, Piece, RunMode, Stop, VcpuId};
 use crate::sync::Arc;
 
 /// From the coordinator to one vCPU thread.
@@ -45,6 +45,7 @@ pub(crate) enum Message {
     Event(Event),
     /// This vCPU has parked itself until it may step over a patch with all others parked.
     WantsAlone(VcpuId),
+    Notice(Notice),
 }
 
 #[derive(Debug)]

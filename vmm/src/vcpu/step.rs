@@ -31,7 +31,7 @@ use std::io;
 use self::effect::{Effect, Kind, decode};
 use self::gate::{Frame, Gates, with_tf};
 use super::{Activity, Arming, Cpu, Registers};
-use crate::debug::{DebugExit, DebugImage, Dr6, Dr7, SLOTS, SlotCondition, SlotLen};
+use crate::debug::{DebugExit, DebugImage, Dr6, GuestBreakpoint, Overlay, SLOTS, SlotCondition};
 
 /// RFLAGS.TF.
 const TF: u64 = 1 << 8;
@@ -130,6 +130,11 @@ pub(crate) struct Crossing {
 }
 
 impl Crossing {
+    /// That of a vCPU with these registers, which stands at `pc`.
+    pub(crate) fn at(pc: u64, registers: &Registers) -> Self {
+        Crossing { pc, rsp: registers.rsp, cr3: registers.cr3 }
+    }
+
     /// Whether a vCPU with these registers, at its address, is in the same context.
     pub(crate) fn is_of(&self, registers: &Registers) -> bool {
         (registers.rsp, registers.cr3) == (self.rsp, self.cr3)
@@ -219,39 +224,41 @@ impl Stepped {
         }
     }
 
-    /// Arms the step: in `arming`, which holds the image less its `suspended` slots.
-    pub(crate) fn place(&mut self, image: &DebugImage, suspended: u8, arming: &mut Arming) -> Placed {
+    /// Puts the step's own slots into `armed`, which holds what else is to be in force.
+    pub(crate) fn place(&mut self, image: &DebugImage, armed: &mut Overlay) -> Placed {
         let mut placed = Placed::NONE;
-        let is_free = |n: usize| image.slots()[n].is_none() && suspended & 1 << n == 0;
-        let can_lend = |n: usize| {
-            let uses_memory = self.effect.uses_memory || self.covered.is_some_and(|effect| effect.uses_memory);
-            image.slots()[n].as_ref().is_some_and(|slot| match slot.condition {
-                SlotCondition::Execute => slot.addr != self.from && !self.landings.iter().any(|l| l.addr == slot.addr),
-                SlotCondition::Write | SlotCondition::ReadWrite => !uses_memory,
-            })
+        let uses_memory = self.effect.uses_memory || self.covered.is_some_and(|effect| effect.uses_memory);
+        let can_lend = |held: GuestBreakpoint| match held.condition {
+            SlotCondition::Execute => held.addr != self.from && !self.landings.iter().any(|l| l.addr == held.addr),
+            SlotCondition::Write | SlotCondition::ReadWrite => !uses_memory,
         };
-        let mut slots: Vec<usize> = (0..SLOTS).filter(|&n| is_free(n)).collect();
+        let (suspended, free): (Vec<usize>, Vec<usize>) =
+            (0..SLOTS).filter(|&n| armed.is_free(n)).partition(|&n| image.slots()[n].is_some());
+        let mut slots = free;
         if self.phase == Phase::Stepping {
-            slots.extend((0..SLOTS).filter(|&n| suspended & 1 << n != 0));
-            slots.extend((0..SLOTS).filter(|&n| suspended & 1 << n == 0 && can_lend(n)));
+            slots.extend(suspended);
+            slots.extend((0..SLOTS).filter(|&n| armed.holds(n).is_some_and(can_lend)));
         } else if slots.is_empty() {
             self.phase = Phase::WaitingUnwatched;
         }
-        let armed = |addr: u64, dr7: Dr7| image.exec_slots_at(addr).any(|(n, _)| dr7.is_enabled(n));
         let mut slots = slots.into_iter();
         for landing in &self.landings {
             // A breakpoint of somebody's there stops it as well.
-            if armed(landing.addr, arming.dr7) {
+            if image.exec_slots_at(landing.addr).any(|(n, _)| armed.is_ours(n)) {
                 continue;
             }
             let Some(n) = slots.next() else { break };
-            if let Some(dr7) = arming.dr7.enable(n, SlotCondition::Execute, SlotLen::One) {
-                (arming.addresses[n], arming.dr7, placed.at[n]) = (landing.addr, dr7, Some(*landing));
+            if armed.lend(n, landing.addr) {
+                placed.at[n] = Some(*landing);
             }
         }
+        placed
+    }
+
+    /// How it is entered.
+    pub(crate) fn put_into(&self, arming: &mut Arming) {
         arming.step = self.phase != Phase::Waiting;
         arming.block_irq = self.phase == Phase::Stepping;
-        placed
     }
 
     /// Whether it is entered freely, to be stopped by a slot.

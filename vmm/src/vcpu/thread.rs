@@ -11,18 +11,21 @@
 //! The loop clears the kick *before* it looks at the inbox: a kick that arrives later makes the
 //! next entry return at once, so that no command waits for a guest exit (law C2).
 
+mod guest_events;
 mod patch;
 
 use std::io;
 
 use super::Registers;
 use super::cpu::{Arming, Cpu, Exit};
+use super::guest_level::GuestLevel;
 use super::over;
 use super::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
 use super::step::{Arrival, Crossing, DB, Outcome, Placed, Stepped};
 use crate::debug::{
-    BP, Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Expectation, GuestState, Hit, INT3, Level, Piece,
-    RunMode, Slot, SlotOwner, Stop, StopReason, Stored, Trigger, VcpuId, classify, is_ours_alone,
+    BP, Breakpoint, Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Dr7, Expectation, GuestState, Hit, INT3,
+    Level, Notice, Overlay, Owner, Piece, RunMode, Slot, SlotCondition, SlotOwner, Stop, StopReason, Stored, Trigger,
+    VcpuId, classify,
 };
 use crate::limits::PAGE_SIZE;
 use crate::sync::{Arc, mpsc};
@@ -42,15 +45,16 @@ enum State {
 pub(super) struct Entry {
     pub(super) from: u64,
     pub(super) stepping: bool,
-    expect: Expectation,
+    armed: Overlay,
     /// The step's own slots.
     placed: Placed,
 }
 
 impl Entry {
-    /// The image and nothing else.
-    const FREE: Entry =
-        Entry { from: 0, stepping: false, expect: Expectation { stepping: false, suspended: 0 }, placed: Placed::NONE };
+    /// This and nothing else.
+    fn free(armed: Overlay) -> Self {
+        Entry { from: 0, stepping: false, armed, placed: Placed::NONE }
+    }
 }
 
 /// A request that triggered.
@@ -111,6 +115,12 @@ pub(crate) struct VcpuThread<C> {
     /// A crossing that was told and is not over: its instruction has faulted, or is a REP that was
     /// interrupted. The guest may be about to come back to it (law 42).
     unfinished: Option<Crossing>,
+    /// The guest's own debug registers.
+    guest: GuestLevel,
+    /// It kicks itself now and then, to look at them.
+    kicks_itself: bool,
+    /// It was logged that no slot is left for the guest.
+    said_lost: bool,
 }
 
 impl<C: Cpu> VcpuThread<C> {
@@ -137,6 +147,9 @@ impl<C: Cpu> VcpuThread<C> {
             owes_trap_at: None,
             alone: false,
             unfinished: None,
+            guest: GuestLevel::default(),
+            kicks_itself: false,
+            said_lost: false,
         }
     }
 
@@ -202,11 +215,16 @@ impl<C: Cpu> VcpuThread<C> {
             Request::WriteRegisters(registers) => {
                 // Writing registers drops what KVM latched for the step (law 7).
                 self.armed = None;
-                self.cpu.set_registers(&registers).map(|()| Reply::Done)
+                let written = self.cpu.set_registers(&registers);
+                self.look();
+                written.map(|()| Reply::Done)
             }
             Request::ReadActivity => self.cpu.activity().map(Reply::Activity),
             Request::Locate(ranges) => Ok(Reply::Located(ranges.iter().map(|&range| self.locate(range)).collect())),
-            Request::Quit => self.cpu.arm(&Arming::OFF).map(|()| Reply::Done),
+            Request::Quit => {
+                let quiet = self.cpu.kick_itself(false);
+                self.cpu.arm(&Arming::OFF).and(quiet).map(|()| Reply::Done)
+            }
         };
         let result = result.map_err(|error| error.to_string());
         self.send(Message::Answer(Answer { vcpu: self.id, seq: command.seq, result }));
@@ -235,13 +253,30 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     fn install(&mut self, image: Arc<DebugImage>) -> io::Result<()> {
-        let arming = Arming::run(&image);
+        // With nothing armed the guest's registers were nobody's business.
+        self.guest.look(&mut self.cpu)?;
+        let overlay = self.guest.overlay(&image);
+        let arming = Arming::run(&image, &overlay);
         // On failure KVM has kept what it had, and so does this thread.
         self.cpu.arm(&arming)?;
         self.armed = Some(arming);
         self.cpu.hide(&image);
         self.image = image;
+        self.tell_lost(&overlay);
+        self.kick_itself_if_needed();
         Ok(())
+    }
+
+    /// What is armed for running on: the image, and the guest's own beside it.
+    fn overlay(&self) -> Overlay {
+        self.guest.overlay(&self.image)
+    }
+
+    /// Arms that and nothing else.
+    fn arm_to_run(&mut self) -> io::Result<Overlay> {
+        let overlay = self.overlay();
+        self.arm(Arming::run(&self.image, &overlay))?;
+        Ok(overlay)
     }
 
     fn resume(&mut self, mode: RunMode) {
@@ -249,6 +284,7 @@ impl<C: Cpu> VcpuThread<C> {
             self.cpu.resumed();
             self.parked_from = None;
             self.state = State::Running(mode);
+            self.kick_itself_if_needed();
         }
     }
 
@@ -256,7 +292,8 @@ impl<C: Cpu> VcpuThread<C> {
     fn park(&mut self) -> io::Result<()> {
         self.settle();
         self.state = State::Parked;
-        self.arm(Arming::run(&self.image))?;
+        self.kick_itself_if_needed();
+        self.arm_to_run()?;
         match self.stepped.take() {
             Some(stepped) => self.give_back_tf(stepped.abandon()),
             None => Ok(()),
@@ -268,7 +305,7 @@ impl<C: Cpu> VcpuThread<C> {
         if !outcome.tf {
             return Ok(());
         }
-        self.arm(Arming::run(&self.image))?;
+        self.arm_to_run()?;
         let mut registers = self.cpu.state()?;
         registers.rflags |= TF;
         self.cpu.set_general(&registers)
@@ -277,9 +314,10 @@ impl<C: Cpu> VcpuThread<C> {
     /// Completes a served access. What surfaces meanwhile is an event of its own.
     fn settle(&mut self) {
         while std::mem::take(&mut self.incomplete) {
+            let entry = Entry::free(self.overlay());
             match self.cpu.complete() {
                 Exit::Kicked => {}
-                exit => self.handle(exit, &Entry::FREE, RunMode::Continue),
+                exit => self.handle(exit, &entry, RunMode::Continue),
             }
         }
     }
@@ -296,6 +334,7 @@ impl<C: Cpu> VcpuThread<C> {
 
     /// One entry into the guest.
     fn run_once(&mut self, mode: RunMode) {
+        self.let_the_guests_own_come_first();
         if self.is_over_in_place(mode) {
             return;
         }
@@ -326,9 +365,7 @@ impl<C: Cpu> VcpuThread<C> {
         let on = self.told.filter(|told| told.crossing && mode == RunMode::Continue && self.stepped.is_none());
         // What is not armed as for running on may hide the guest's TF.
         let over = match on {
-            Some(told) => {
-                self.arm(Arming::run(&self.image)).and_then(|()| over::in_place(&mut self.cpu, &self.image, told.pc))
-            }
+            Some(told) => self.arm_to_run().and_then(|_| over::in_place(&mut self.cpu, &self.image, told.pc)),
             None => return false,
         };
         // The step that is tried next tells what went wrong.
@@ -343,42 +380,35 @@ impl<C: Cpu> VcpuThread<C> {
     /// stands on and was stopped at, and single-step if that is wanted or needed.
     fn prepare(&mut self, mode: RunMode) -> io::Result<Entry> {
         let wants_step = mode != RunMode::Continue;
-        if !wants_step && self.told.is_none() && self.owes_trap_at.is_none() {
-            self.arm(Arming::run(&self.image))?;
-            return Ok(Entry::FREE);
+        if !wants_step && self.told.is_none() && self.owes_trap_at.is_none() && !self.guest.is_owed() {
+            let armed = self.arm_to_run()?;
+            self.tell_lost(&armed);
+            return Ok(Entry::free(armed));
         }
+        let event = self.pay_guest()?.then_some(DB);
         let from = self.cpu.pc()?;
-        let event = self.pay_trap(from).then_some(DB);
         let told = self.told.filter(|told| told.pc == from && event.is_none());
         let suspended = told.map_or(0, |told| self.heard(from, told.crossing));
-        let stepping = wants_step || suspended != 0 || told.is_some_and(|told| told.crossing);
+        let crossing = told.is_some_and(|told| told.crossing);
+        let stepping = wants_step || suspended != 0 || crossing;
         // Once it runs freely it may come back here, and that is news.
         self.told = told.filter(|_| stepping);
-        let mut arming = Arming::run(&self.image);
-        arming.dr7 = self.image.dr7_without(suspended);
         if !stepping {
-            self.arm(arming)?;
-            return Ok(Entry { from, ..Entry::FREE });
+            return Ok(Entry { from, ..Entry::free(self.arm_to_run()?) });
         }
         let mut stepped = match self.stepped.take() {
             Some(stepped) => stepped,
             None => Stepped::begin(&mut self.cpu, from, event)?,
         };
-        let placed = stepped.place(&self.image, suspended, &mut arming);
+        // What the guest itself has here has had its turn: it comes before the crossing is over.
+        let mut armed = self.guest.overlay_for_step(&self.image, suspended, crossing.then_some(from));
+        let placed = stepped.place(&self.image, &mut armed);
+        let armed = armed.or_off();
+        let mut arming = Arming::run(&self.image, &armed);
+        stepped.put_into(&mut arming);
         self.stepped = Some(stepped);
         self.arm(arming)?;
-        Ok(Entry { from, stepping: arming.step, expect: Expectation { stepping: arming.step, suspended }, placed })
-    }
-
-    /// Gives the guest the #DB that it owes itself for the instruction before `pc`, now that the
-    /// debugger lets it go on; whether it did.
-    fn pay_trap(&mut self, pc: u64) -> bool {
-        let pays = self.stepped.is_none() && self.owes_trap_at == Some(pc);
-        if pays {
-            self.owes_trap_at = None;
-            self.reflect(|cpu| cpu.reflect_db(Dr6::BS));
-        }
-        pays
+        Ok(Entry { from, stepping: arming.step, armed, placed })
     }
 
     /// The execution slots at `pc` that have had their say, one bit each: all of them after a hit,
@@ -392,14 +422,14 @@ impl<C: Cpu> VcpuThread<C> {
 
     /// Whether the step is over a HLT that no armed slot and no patch stops at first.
     fn halts(&mut self, entry: &Entry) -> bool {
-        let armed = |(n, _): (usize, _)| entry.expect.suspended & 1 << n == 0;
         entry.stepping
             && self.stepped.as_ref().is_some_and(Stepped::halts)
-            && !self.image.exec_slots_at(entry.from).any(armed)
+            && !entry.armed.stops_at(entry.from)
             && self.patch_under(entry.from).is_none()
     }
 
     fn handle(&mut self, mut exit: Exit, entry: &Entry, mode: RunMode) {
+        self.look_after(&exit, entry);
         if matches!(exit, Exit::Served(_)) {
             let stores = self.cpu.device_stores();
             if !stores.is_empty() {
@@ -432,6 +462,7 @@ impl<C: Cpu> VcpuThread<C> {
             // A KVM that interprets ring 0 does not know INT3 (law 54).
             Exit::Crash(Crash::EmulationFailure { bytes })
                 if bytes.first() == Some(&INT3) && self.cpu.pc().is_ok_and(|pc| self.ran_into_patch(pc, mode)) => {}
+            Exit::Crash(Crash::EmulationFailure { bytes }) if self.raises(&bytes, mode) => {}
             Exit::Crash(crash) => {
                 let crash = self.explain(crash);
                 self.stop(StopReason::Crash(crash));
@@ -447,12 +478,24 @@ impl<C: Cpu> VcpuThread<C> {
             self.stepped = None;
             return;
         }
-        let Causes { step, hits, guest_db, guest_bp } = self.causes(exit, entry, stopped_by_step);
+        let Causes { step, hits, guest_db, guest_bp, access, pass, wanted, idle } =
+            self.causes(exit, entry, stopped_by_step);
+        self.guest.heard(wanted, idle);
+        if access {
+            return self.access(exit.pc, entry, mode);
+        }
         if let Some(causes) = guest_db {
-            self.reflect(|cpu| cpu.reflect_db(causes));
+            self.guest.owe(causes);
+            if !step {
+                self.is_interrupted(exit.pc);
+            }
         }
         if guest_bp {
             self.reflect(|cpu| cpu.reflect_bp());
+        }
+        if pass {
+            // The instruction is stepped over, as is one whose crossing was told.
+            self.told = Some(Told { pc: exit.pc, crossing: true });
         }
         if !hits.is_empty() && self.is_back(exit.pc) {
             // The crossing that was told goes on; its slot is suspended again, and it is stepped.
@@ -533,12 +576,9 @@ impl<C: Cpu> VcpuThread<C> {
             return Causes::default();
         }
         let exit = DebugExit { dr6, ..exit };
-        // Asked only where it matters: it costs an ioctl.
-        let (guest_tf, guest_dr7) = match is_ours_alone(exit, &self.image, entry.expect) {
-            true => (false, 0),
-            false => self.cpu.guest_debug_state().unwrap_or((false, 0)),
-        };
-        classify(exit, &self.image, entry.expect, guest_tf, guest_dr7)
+        let expect = Expectation { stepping: entry.stepping, arrived: stopped_by_step };
+        let mut view = self.guest.view(&mut self.cpu, exit.pc);
+        classify(exit, &self.image, &entry.armed, expect, &mut view)
     }
 
     /// Whether the vCPU has come back to an instruction that was told of and has faulted.
@@ -560,7 +600,7 @@ impl<C: Cpu> VcpuThread<C> {
         self.told = None;
         self.unfinished = Some(stepped.crossing());
         self.finish(stepped, Arrival::Done, pc);
-        self.arm(Arming::run(&self.image))?;
+        self.arm_to_run()?;
         let mut registers = self.cpu.state()?;
         registers.rflags |= RF;
         self.armed = None;
@@ -573,13 +613,6 @@ impl<C: Cpu> VcpuThread<C> {
         let (owner, request, vcpu) = (hit.behind.owner, hit.behind.request, self.id);
         let (stored, state) = (hit.stored.as_ref(), &mut HitState(&mut self.cpu));
         handler.call(&mut Hit { owner, request, vcpu, pc, stored, state })
-    }
-
-    fn reflect(&mut self, inject: impl FnOnce(&mut C) -> io::Result<()>) {
-        self.armed = None;
-        if let Err(error) = inject(&mut self.cpu) {
-            tracing::warn!(vcpu = self.id.0, %error, "the guest's own debug exception could not be delivered");
-        }
     }
 
     /// The step is over, at `pc`; `crossing`: that of a breakpoint that was told.

@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use trapline_vmm::probe::{self, Capabilities, MultiHit, RealModeSlots, Seen, Slot, SoftwareInterrupt, Step};
+use trapline_vmm::probe::{self, Capabilities, MultiHit, RealModeSlots, Seen, Slot, Step};
 
 /// What a trial needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,10 +22,10 @@ pub(crate) enum Need {
     StepInRing3,
     /// DR6 shows several slots that were hit at once.
     SeveralHits,
-    /// INT n, INT3 and INT1 in ring 0 raise their exceptions, and are no emulation failures.
-    IntInRing0,
     /// INT3 in ring 0 comes to us: breakpoints can be patched into guest code.
     Patches,
+    /// The guest's own DR7.GD works while slots of ours are armed. KVM's SVM code does not look at it.
+    GeneralDetect,
     /// An execution slot may be armed while a vCPU is in real mode. QEMU's SVM emulation crashes.
     RealModeSlots,
     /// The probe's answers on this KVM are recorded.
@@ -50,8 +50,8 @@ impl Need {
             Need::RealModeSlots => {
                 (seen().x_real_mode != RealModeSlots::CrashesTheMachine, "no exec slot in real mode: x_real_mode")
             }
-            Need::IntInRing0 => (int_in_ring_0(), "no INT in ring 0: guest_int3_cpl0, int_n_cpl0, int1_cpl0"),
             Need::Patches => (capabilities().can_patch(), "INT3 goes to the guest: int3_cpl0"),
+            Need::GeneralDetect => (flavour() != Some(Flavour::Amd), "no GD beside ours"),
             Need::DataWatch => (capabilities().can_watch_in_hardware(), "no data watch: w_data, rw_data"),
             Need::ExecInRing3 => (seen().x_cpl3 == Slot::Fires, "no exec slot in ring 3: x_cpl3"),
             Need::StepInRing3 => {
@@ -91,9 +91,4 @@ pub(crate) fn capabilities() -> &'static Capabilities {
 
 fn seen() -> &'static Seen {
     &capabilities().seen
-}
-
-fn int_in_ring_0() -> bool {
-    let seen = seen();
-    [seen.guest_int3_cpl0, seen.int_n_cpl0, seen.int1_cpl0] == [SoftwareInterrupt::Delivered; 3]
 }

@@ -12,6 +12,8 @@ mod arming;
 mod booted;
 mod clock;
 mod doctor;
+mod fire;
+mod guest;
 mod inquest;
 mod lane;
 mod law;
@@ -23,7 +25,6 @@ mod rig;
 mod spy;
 mod step;
 mod stop_all;
-mod traps;
 mod update;
 mod watch;
 
@@ -50,9 +51,10 @@ fn all() -> Vec<Law> {
         arming::laws(),
         update::laws(),
         once::laws(),
+        fire::laws(),
         over::laws(),
         stop_all::laws(),
-        traps::laws(),
+        guest::laws(),
         watch::laws(),
         step::laws(),
         patch::laws(),

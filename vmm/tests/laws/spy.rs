@@ -5,9 +5,9 @@ use std::io;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-use trapline_vmm::debug::{DebugImage, Dr6, General};
+use trapline_vmm::debug::{DebugImage, Dr6, General, GuestRegisters};
 use trapline_vmm::memory::DeviceStore;
-use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Registers, Standing};
+use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Raised, Registers, Standing};
 
 use crate::clock::{Monitor, PATIENCE};
 
@@ -291,9 +291,30 @@ impl Cpu for Spied {
         self.cpu.reflect_bp()
     }
 
-    fn guest_debug_state(&mut self) -> io::Result<(bool, u64)> {
+    fn guest_registers(&mut self) -> io::Result<GuestRegisters> {
         self.spy.visit();
-        self.cpu.guest_debug_state()
+        self.cpu.guest_registers()
+    }
+
+    fn set_guest_registers(&mut self, registers: &GuestRegisters) -> io::Result<()> {
+        self.spy.visit();
+        self.cpu.set_guest_registers(registers)
+    }
+
+    fn raise(&mut self, event: Raised, len: u64) -> io::Result<()> {
+        self.spy.visit();
+        self.spy.0.change(|notes| notes.reflected += 1);
+        self.cpu.raise(event, len)
+    }
+
+    fn end_shadow(&mut self) -> io::Result<()> {
+        self.spy.visit();
+        self.cpu.end_shadow()
+    }
+
+    fn kick_itself(&mut self, often: bool) -> io::Result<()> {
+        self.spy.visit();
+        self.cpu.kick_itself(often)
     }
 
     fn standing(&mut self) -> io::Result<Option<Standing>> {
