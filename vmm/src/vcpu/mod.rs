@@ -16,6 +16,6 @@ mod synced;
 pub(crate) mod thread;
 mod xsave;
 
-pub use cpu::{Arming, Cpu, Exit, Standing};
+pub use cpu::{Arming, Cpu, Exit, Ring3, Standing};
 pub use kvm::{ArmHook, KvmCpu};
 pub use registers::{Activity, DescriptorTable, Fpu, Registers, Segment};

@@ -17,7 +17,7 @@ use super::Registers;
 use super::cpu::{Arming, Cpu, Exit};
 use super::over;
 use super::protocol::{Answer, Command, Event, Message, Reply, Request};
-use super::step::{Arrival, Crossing, DB, Outcome, Placed, Stepped};
+use super::step::{Arrival, Begun, Crossing, DB, Outcome, Placed, Stepped, carry_out_iret, is_behind_popf};
 use crate::debug::{
     Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Expectation, GuestState, Hit, Level, Piece, RunMode, Slot,
     SlotOwner, Stop, StopReason, Trigger, VcpuId, classify, is_ours_alone,
@@ -49,6 +49,13 @@ impl Entry {
     /// The image and nothing else.
     const FREE: Entry =
         Entry { from: 0, stepping: false, expect: Expectation { stepping: false, suspended: 0 }, placed: Placed::NONE };
+}
+
+/// What comes of the wish to enter the guest.
+enum Ready {
+    Enter(Entry),
+    /// It was to be stepped, and cannot be here.
+    Refused(&'static str),
 }
 
 /// The last stop, for as long as the vCPU has not left the place.
@@ -232,7 +239,10 @@ impl<C: Cpu> VcpuThread<C> {
         self.state = State::Parked;
         self.arm(Arming::run(&self.image))?;
         match self.stepped.take() {
-            Some(stepped) => self.give_back_tf(stepped.abandon()),
+            Some(stepped) => {
+                let outcome = stepped.abandon(&mut self.cpu);
+                self.give_back_tf(outcome)
+            }
             None => Ok(()),
         }
     }
@@ -274,17 +284,17 @@ impl<C: Cpu> VcpuThread<C> {
             return;
         }
         let entry = match self.prepare(mode) {
-            Ok(entry) => entry,
+            Ok(Ready::Enter(entry)) => entry,
+            Ok(Ready::Refused(why)) => return self.stop(StopReason::CannotStep(why)),
             Err(error) => {
                 let error = error.to_string();
                 return self.stop(StopReason::Crash(Crash::EntryFailed { error }));
             }
         };
-        if self.halts(&entry) {
-            match self.cpu.halt() {
-                Ok(()) => return self.step_done(Arrival::Done, mode),
-                Err(error) => tracing::warn!(vcpu = self.id.0, %error, "HLT could not be carried out; KVM steps it"),
-            }
+        match self.is_stepped_in_place(&entry) {
+            Ok(true) => return self.step_done(Arrival::Done, mode),
+            Ok(false) => {}
+            Err(error) => tracing::warn!(vcpu = self.id.0, %error, "not carried out in place; KVM steps it"),
         }
         // Entering the guest completes whatever access was served before.
         self.incomplete = false;
@@ -312,11 +322,11 @@ impl<C: Cpu> VcpuThread<C> {
 
     /// Decides what to arm for the next entry and arms it: the slots, less those that this vCPU
     /// stands on and was stopped at, and single-step if that is wanted or needed.
-    fn prepare(&mut self, mode: RunMode) -> io::Result<Entry> {
+    fn prepare(&mut self, mode: RunMode) -> io::Result<Ready> {
         let wants_step = mode != RunMode::Continue;
         if !wants_step && self.told.is_none() && self.owes_trap_at.is_none() {
             self.arm(Arming::run(&self.image))?;
-            return Ok(Entry::FREE);
+            return Ok(Ready::Enter(Entry::FREE));
         }
         let from = self.cpu.pc()?;
         let event = self.pay_trap(from).then_some(DB);
@@ -329,16 +339,31 @@ impl<C: Cpu> VcpuThread<C> {
         arming.dr7 = self.image.dr7_without(suspended);
         if !stepping {
             self.arm(arming)?;
-            return Ok(Entry { from, ..Entry::FREE });
+            return Ok(Ready::Enter(Entry { from, ..Entry::FREE }));
         }
-        let mut stepped = match self.stepped.take() {
-            Some(stepped) => stepped,
-            None => Stepped::begin(&mut self.cpu, from, event)?,
+        let begun = match self.stepped.take() {
+            Some(stepped) => Begun::Step(stepped),
+            None => Stepped::begin(&mut self.cpu, &self.image, from, event)?,
+        };
+        let mut stepped = match begun {
+            Begun::Step(stepped) => stepped,
+            Begun::Refused(why) if wants_step => return Ok(Ready::Refused(why)),
+            Begun::Refused(_) => {
+                // It was to get off a breakpoint, where this host's KVM heeds none anyway.
+                self.told = None;
+                self.arm(Arming::run(&self.image))?;
+                return Ok(Ready::Enter(Entry::FREE));
+            }
         };
         let placed = stepped.place(&self.image, suspended, &mut arming);
+        let in_shadow = stepped.needs_shadow();
         self.stepped = Some(stepped);
         self.arm(arming)?;
-        Ok(Entry { from, stepping: arming.step, expect: Expectation { stepping: arming.step, suspended }, placed })
+        if in_shadow {
+            self.cpu.cast_shadow(true)?;
+        }
+        let expect = Expectation { stepping: arming.step, suspended };
+        Ok(Ready::Enter(Entry { from, stepping: arming.step, expect, placed }))
     }
 
     /// Gives the guest the #DB that it owes itself for the instruction before `pc`, now that the
@@ -361,12 +386,21 @@ impl<C: Cpu> VcpuThread<C> {
         heard.fold(0, |bits, (n, _)| bits | 1 << n)
     }
 
-    /// Whether the step is over a HLT that no armed slot stops at first.
-    fn halts(&self, entry: &Entry) -> bool {
+    /// Carries out what no KVM steps as it should, unless an armed slot stops at it first; whether
+    /// it was.
+    fn is_stepped_in_place(&mut self, entry: &Entry) -> io::Result<bool> {
         let armed = |(n, _): (usize, _)| entry.expect.suspended & 1 << n == 0;
-        entry.stepping
-            && self.stepped.as_ref().is_some_and(Stepped::halts)
-            && !self.image.exec_slots_at(entry.from).any(armed)
+        let Some(stepped) = self.stepped.as_ref().filter(|_| entry.stepping) else { return Ok(false) };
+        if self.image.exec_slots_at(entry.from).any(armed) {
+            return Ok(false);
+        }
+        if stepped.halts() {
+            return self.cpu.halt().map(|()| true);
+        }
+        if stepped.returns() {
+            return carry_out_iret(&mut self.cpu);
+        }
+        Ok(false)
     }
 
     fn handle(&mut self, mut exit: Exit, entry: &Entry, mode: RunMode) {
@@ -414,9 +448,9 @@ impl<C: Cpu> VcpuThread<C> {
             self.told = Some(Told { pc: exit.pc, crossing: true });
             return;
         }
-        let is_here = stopped_by_step || !hits.is_empty();
+        let hit_in_step = entry.stepping && !hits.is_empty();
         let arrival = match &self.stepped {
-            Some(stepped) if step || is_here && entry.stepping => stepped.arrival(exit.pc, step),
+            Some(stepped) if step || stopped_by_step || hit_in_step => stepped.arrival(exit.pc, step),
             _ => None,
         };
         if hits.is_empty() {
@@ -485,6 +519,7 @@ impl<C: Cpu> VcpuThread<C> {
             true => (false, 0),
             false => self.cpu.guest_debug_state().unwrap_or((false, 0)),
         };
+        let guest_tf = guest_tf || !entry.stepping && Dr6(dr6).single_step() && is_behind_popf(&mut self.cpu, exit.pc);
         classify(exit, &self.image, entry.expect, guest_tf, guest_dr7)
     }
 

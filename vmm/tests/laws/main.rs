@@ -12,6 +12,7 @@ mod arming;
 mod booted;
 mod clock;
 mod inquest;
+mod landing;
 mod lane;
 mod law;
 mod lifecycle;
@@ -50,6 +51,7 @@ fn all() -> Vec<Law> {
         stop_all::laws(),
         traps::laws(),
         step::laws(),
+        landing::laws(),
         lifecycle::laws(),
     ]
     .concat()

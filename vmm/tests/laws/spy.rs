@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread::ThreadId;
 
 use trapline_vmm::debug::{Dr6, General};
-use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Registers, Standing};
+use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Registers, Ring3, Standing};
 
 use crate::clock::{Monitor, PATIENCE};
 
@@ -274,6 +274,26 @@ impl Cpu for Spied {
         self.spy.visit();
         self.spy.0.change(|notes| notes.advanced += 1);
         self.cpu.advance(to)
+    }
+
+    fn ring_3(&mut self) -> Ring3 {
+        self.spy.visit();
+        self.cpu.ring_3()
+    }
+
+    fn cast_shadow(&mut self, on: bool) -> io::Result<()> {
+        self.spy.visit();
+        self.cpu.cast_shadow(on)
+    }
+
+    fn unmask_nmi(&mut self) -> io::Result<()> {
+        self.spy.visit();
+        self.cpu.unmask_nmi()
+    }
+
+    fn is_interrupted(&mut self) -> io::Result<bool> {
+        self.spy.visit();
+        self.cpu.is_interrupted()
     }
 
     fn resumed(&mut self) {

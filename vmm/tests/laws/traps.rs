@@ -3,8 +3,7 @@
 use trapline_guests::fixture::{self, LogEntry};
 use trapline_vmm::debug::{Breakpoint, RunMode, StopReason, Trigger};
 
-use crate::lane::Flavour::{Amd, Intel};
-use crate::lane::Need::{DataWatch, IntInRing0, Issue3On};
+use crate::lane::Need::{DataWatch, IntInRing0};
 use crate::law::{Law, law};
 use crate::rig::{Rig, at, name};
 
@@ -12,7 +11,7 @@ pub(crate) fn laws() -> Vec<Law> {
     vec![
         law!(l23_the_guests_dr6_shows_nothing_of_ours),
         law!(l30_the_guests_debug_registers_stay_its_own),
-        law!(l33_the_guests_own_single_step_goes_on_under_our_breakpoints, Issue3On(&[Amd, Intel])),
+        law!(l33_the_guests_own_single_step_goes_on_under_our_breakpoints),
         law!(l33_the_guests_own_int1_reaches_it_under_our_breakpoints, IntInRing0),
         law!(l34_the_guests_own_int3_reaches_it_under_our_breakpoints, IntInRing0),
         law!(l60_every_kind_of_access_is_told_behind_it, DataWatch),
