@@ -24,6 +24,15 @@ Exit codes:
    69  this host cannot do it: no usable /dev/kvm, an occupied port
   130  Ctrl-A x; with another number from 129 on, a signal ended the run (128 + its number)";
 
+/// What the help of `doctor` ends with.
+const DOCTOR_AFTER: &str = "\
+Tiny guests try each mechanism; nothing is installed and nothing of this machine is changed. What they
+saw is kept in ~/.cache/trapline, for `run`, until the kernel, the KVM module or the processor changes.
+
+Exit codes:
+    0  a debugger is usable here
+   69  it is not: no usable /dev/kvm, or neither breakpoints nor single-step work";
+
 /// A debugger that sits under a guest kernel.
 #[derive(Debug, Parser)]
 #[command(name = "trapline", version, about, propagate_version = true, arg_required_else_help = false)]
@@ -37,11 +46,21 @@ pub(crate) enum Command {
     /// Boots a guest on KVM and runs it, under a gdb stub if asked to
     #[command(after_help = RUN_AFTER)]
     Run(RunArgs),
+    /// Shows what this host's KVM can really do, as opposed to what it claims
+    #[command(after_help = DOCTOR_AFTER)]
+    Doctor(DoctorArgs),
     /// Writes the built-in demo guest, an ELF with symbols, to a file
     DemoGuest {
         /// The file to write
         output: PathBuf,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// For machines: one JSON object, described in the user guide
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

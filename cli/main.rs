@@ -2,6 +2,7 @@
 
 mod args;
 mod console;
+mod doctor;
 mod log;
 mod run;
 mod stub;
@@ -14,6 +15,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use trapline_gdbstub_glue::AddressError;
 use trapline_vmm::VmError;
+use trapline_vmm::probe::ProbeError;
 
 use args::{Cli, Command};
 
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
     log::to_stderr();
     let result = match &cli.command {
         Command::Run(args) => run::run(args),
+        Command::Doctor(args) => doctor::doctor(args),
         Command::DemoGuest { output } => write_demo(output).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
@@ -63,6 +66,9 @@ fn chain(error: &anyhow::Error) -> String {
 
 /// Whose fault it is, decided here and once.
 fn severity(error: &anyhow::Error) -> u8 {
+    if error.is::<ProbeError>() || error.is::<doctor::NotUsable>() {
+        return EX_UNAVAILABLE;
+    }
     match error.downcast_ref::<VmError>() {
         Some(VmError::Host(_) | VmError::Resources(_)) => EX_UNAVAILABLE,
         Some(VmError::Boot(_) | VmError::Memory(_)) => EX_USAGE,

@@ -117,9 +117,12 @@ fn crash_signal(crash: &Crash) -> Signal {
     match crash {
         Crash::TripleFault { .. } => Signal::Segv,
         Crash::EmulationFailure { .. } => Signal::Ill,
-        Crash::Internal { .. } | Crash::FailEntry { .. } | Crash::UnknownExit { .. } | Crash::RunFailed { .. } => {
-            Signal::Bus
-        }
+        Crash::WatchedPage { crash, .. } => crash_signal(crash),
+        Crash::Internal { .. }
+        | Crash::FailEntry { .. }
+        | Crash::UnknownExit { .. }
+        | Crash::RunFailed { .. }
+        | Crash::EntryFailed { .. } => Signal::Bus,
     }
 }
 
@@ -137,6 +140,7 @@ pub(crate) fn words(stop: &Stop) -> Option<String> {
         StopReason::Crash(crash @ Crash::TripleFault { state_lost: true }) => {
             format!("{vcpu}: {crash}; memory can be read; continue ends the run")
         }
+        StopReason::Crash(crash) if crash.is_mendable() => format!("{vcpu}: {crash}, and continue"),
         StopReason::Crash(crash) => format!("{vcpu}: {crash}; {LOOK}"),
         StopReason::Ended(Ending::Exit(status)) => format!("the run is over: the guest ended with status {status}"),
         StopReason::Ended(Ending::Shutdown) => "the run is over: the guest shut down".to_owned(),

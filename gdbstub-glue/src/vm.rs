@@ -48,7 +48,7 @@ impl Debuggee for Vm {
     }
 
     fn write_physical(&mut self, addr: u64, bytes: &[u8]) -> Result<(), DebuggeeError> {
-        if Vm::write_physical(self, addr, bytes) { Ok(()) } else { Err(not_all_there(addr, bytes.len())) }
+        if Vm::write_physical(self, addr, bytes)? { Ok(()) } else { Err(not_all_there(addr, bytes.len())) }
     }
 
     fn set_breakpoint(&mut self, request: Breakpoint) -> Result<(), BreakpointError> {

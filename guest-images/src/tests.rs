@@ -22,7 +22,20 @@ const IMAGES: &[fn() -> Image] = &[
         name: "fixture",
         bytes: fixture::image(),
         // What exits or goes another way where ring 0 is interpreted, and ring 3.
-        exempt: &["i1", "i3", "i3_long", "i3_loop", "nop_hint_0f19", "s_int", "u_int", "u_int3", "w_movnti"],
+        exempt: &[
+            "i1",
+            "i3",
+            "i3_long",
+            "i3_loop",
+            "nop_hint_0f19",
+            "s_int",
+            "u_int",
+            "u_int3",
+            "u_sse_store",
+            "w_movnti",
+            "w_sse",
+            "w_sse_load",
+        ],
     },
 ];
 

@@ -46,6 +46,7 @@ running() { [ -n "$machine" ] && kill -0 "$machine" 2>/dev/null; }
 check_time() {
     if [ "$SECONDS" -ge "$deadline" ]; then
         keep_log=yes
+        show_complaints
         note "timed out after $timeout s; L1's log is $log"
         exit 124
     fi
@@ -58,6 +59,14 @@ lane_failed() {
     tail -n 20 "$log.emulator" "$log" >&2 || true
     panic=$(grep -a -m 1 -o 'Kernel panic.*' "$log" || true)
     die 125 "$why${panic:+ ($panic)}; L1's log is $log"
+}
+
+# What L1's kernel complained of, for a command that failed: a machine that is too slow to emulate
+# another one shows there first.
+show_complaints() {
+    local found
+    found=$(grep -a -E 'stall|lockup|hung task|BUG:|WARNING:|Oops|Out of memory|interrupt took|unstable' "$log" | tail -n 20)
+    [ -z "$found" ] || printf "L1's kernel said:\n%s\n" "$found" >&2
 }
 
 # Starts L1 and waits until it has begun the job.
@@ -108,6 +117,7 @@ finish_job() {
     readers=()
     local status
     status=$(<"$job/exit")
+    [ "$status" -eq 0 ] || show_complaints
     exit "$status"
 }
 

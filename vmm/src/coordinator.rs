@@ -20,17 +20,22 @@
 //! because commands are obeyed in order, the undoing commands that were queued behind the one it
 //! missed put it right once it wakes (law 18).
 
+mod alone;
+
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::time::Duration;
+
+use alone::Alone;
 
 use crate::debug::{
     Breakpoint, BreakpointError, Change, DebugImage, Ending, Handler, INT3, Level, Mechanism, Notice, Offer, Owner,
-    Piece, Place, Prepared, ResumePlan, RunMode, SlotTable, Stop, StopReason, VcpuId,
+    Place, Prepared, ResumePlan, RunMode, SlotTable, Stop, StopReason, VcpuId,
 };
 use crate::ground::{Ground, NoGround};
-use crate::limits::{ACK_DEADLINE, KICK_INTERVAL, MAX_WATCHED};
+use crate::limits::{ACK_DEADLINE, KICK_INTERVAL, MAX_WATCHED, QUIT_DEADLINE};
 use crate::sync::{Arc, Deadline, Missed, mpsc, thread};
-use crate::vcpu::protocol::{Answer, Command, Event, Message, Reply, Request};
+use crate::vcpu::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
 use crate::vcpu::thread::VcpuThread;
 use crate::vcpu::{Activity, Cpu, Registers};
 
@@ -59,6 +64,12 @@ pub enum CoordinatorError {
     NoSuchVcpu {
         /// The one that was asked for.
         vcpu: VcpuId,
+    },
+    /// What was to be written lies under breakpoints, and they could not be told.
+    #[error("the bytes under the breakpoints there could not be changed: {error}")]
+    UnderPatches {
+        /// What went wrong; nothing has changed.
+        error: String,
     },
     /// The operation needs a stopped world.
     #[error("the guest is running; stop it first")]
@@ -104,6 +115,8 @@ pub struct Coordinator {
     ending: Option<Ending>,
     /// Registers of parked vCPUs, as far as somebody has asked. Valid while the world stands.
     registers: Vec<Option<Registers>>,
+    /// vCPUs that must step over a patch.
+    alone: Alone,
     /// Evictions and returns that nobody has asked about yet.
     notices: Vec<Notice>,
     seq: u64,
@@ -148,6 +161,7 @@ impl Coordinator {
             world: World::Stopped,
             pending: VecDeque::new(),
             ending: None,
+            alone: Alone::default(),
             notices: Vec::new(),
             seq: 0,
         })
@@ -156,6 +170,11 @@ impl Coordinator {
     /// Serves requests in guest memory, too, by what `offer` says.
     pub fn use_ground(&mut self, ground: Box<dyn Ground>, offer: Offer) {
         self.ground = ground;
+        self.set_offer(offer);
+    }
+
+    /// Changes what serves requests. It counts from the next change of the set on.
+    pub fn set_offer(&mut self, offer: Offer) {
         self.table.set_offer(offer);
     }
 
@@ -225,8 +244,26 @@ impl Coordinator {
     }
 
     fn change(&mut self, changes: &[Change]) -> Result<(), BreakpointError> {
+        self.look_at_places();
         match self.table.prepare(changes)? {
             Some(prepared) => self.apply(prepared),
+            None => Ok(()),
+        }
+    }
+
+    /// The guest may have changed its code since a place of it was asked for: who comes to be served
+    /// there now puts back what is there now.
+    fn look_at_places(&mut self) {
+        self.table.refresh(|gpa| original(&*self.ground, &self.image, gpa));
+    }
+
+    /// The guest is to have `bytes`, `(gpa, byte)` each, under its patches (law 55). Where none is this
+    /// changes nothing.
+    pub fn write_under_patches(&mut self, bytes: &[(u64, u8)]) -> Result<(), CoordinatorError> {
+        match self.table.prepare_originals(bytes) {
+            Some(prepared) => {
+                self.apply(prepared).map_err(|error| CoordinatorError::UnderPatches { error: error.to_string() })
+            }
             None => Ok(()),
         }
     }
@@ -250,8 +287,8 @@ impl Coordinator {
             }
             let ranges = open.iter().map(|&i| (requests[i].0.addr, requests[i].0.len)).collect();
             if let Ok(Reply::Located(found)) = self.ask(VcpuId(n), Request::Locate(ranges)) {
-                for (i, pieces) in open.into_iter().zip(found) {
-                    places[i] = pieces.and_then(|pieces| self.place(pieces));
+                for (i, located) in open.into_iter().zip(found) {
+                    places[i] = located.and_then(|located| self.place(located));
                 }
             }
         }
@@ -259,13 +296,11 @@ impl Coordinator {
     }
 
     /// The place that has these pieces, if all of them are RAM.
-    fn place(&self, pieces: Vec<Piece>) -> Option<Place> {
+    fn place(&self, Located { pieces, user }: Located) -> Option<Place> {
         let mut byte = [0];
         let there = pieces.iter().all(|piece| self.ground.read(piece.gpa, &mut byte) == 1);
         let first = pieces.first().filter(|_| there)?.gpa;
-        self.ground.read(first, &mut byte);
-        let original = self.image.patch_at(first).map_or(byte[0], |patch| patch.original);
-        Some(Place { pieces, original })
+        Some(Place { original: original(&*self.ground, &self.image, first)?, pieces, user })
     }
 
     /// Disarms `request` on every vCPU, or nowhere. A hit on it that nobody was told of is dropped.
@@ -275,6 +310,7 @@ impl Coordinator {
 
     /// Disarms everything that `level` holds.
     pub fn clear_level(&mut self, level: Level) -> Result<(), BreakpointError> {
+        self.look_at_places();
         match self.table.prepare_clear_level(level) {
             Some(prepared) => self.apply(prepared),
             None => Ok(()),
@@ -349,6 +385,10 @@ impl Coordinator {
     /// missed, it undoes that. A vCPU that has parked itself stays: its stop is still to be told,
     /// and there.
     fn unpark(&mut self) {
+        if self.alone.holds() {
+            return; // until that one has answered
+        }
+        self.alone.forget();
         for n in 0..self.vcpus.len() {
             let seq = self.next_seq();
             self.send(n, seq, Request::Unpark);
@@ -363,8 +403,9 @@ impl Coordinator {
             World::Stopped | World::Over(_) => return Ok(()),
             World::Running => {}
         }
-        match self.ask_all(&Request::Park) {
+        match self.park_all() {
             Ok(()) => {
+                self.alone.forget();
                 self.world = World::Stopped;
                 Ok(())
             }
@@ -405,7 +446,7 @@ impl Coordinator {
         self.registers.fill(None);
         let mode = |(n, vcpu): (usize, &VcpuHandle)| if waits(VcpuId(n as u32)) { RunMode::Parked } else { vcpu.mode };
         let requests: Vec<_> = self.vcpus.iter().enumerate().map(mode).map(Request::Resume).collect();
-        let resumed = self.ask_each(requests).into_iter().try_for_each(|answer| answer.map(|_| ()));
+        let resumed = self.ask_each(requests, ACK_DEADLINE).into_iter().try_for_each(|answer| answer.map(|_| ()));
         resumed.or_else(|error| {
             self.stop()?;
             Err(error)
@@ -419,13 +460,17 @@ impl Coordinator {
         loop {
             match self.messages.try_recv() {
                 Ok(Message::Event(event)) => self.queue(event),
-                Ok(Message::Answer(_)) => {} // too late: whoever asked has given up on it
+                Ok(Message::Notice(notice)) => self.notices.push(notice),
+                Ok(Message::WantsAlone(vcpu)) => self.alone.wants(vcpu),
+                // Too late: whoever asked has given up on it.
+                Ok(Message::Answer(answer)) => self.alone.hear(&answer),
                 Err(_) => break,
             }
         }
         if self.world != World::Running {
             return Ok(None);
         }
+        self.await_late_step()?;
         let mut went_on = Ok(());
         for vcpu in self.drop_removed() {
             let mode = self.vcpus[vcpu.index()].mode;
@@ -434,6 +479,9 @@ impl Coordinator {
         }
         went_on?;
         if !self.pending.iter().any(|stop| self.was_resumed(stop.vcpu)) {
+            if self.alone.is_wanted() {
+                self.step_those_that_wait()?;
+            }
             return Ok(None);
         }
         self.stop()?;
@@ -544,7 +592,7 @@ impl Coordinator {
     /// Ends every vCPU thread. One that does not answer is left behind, disarmed by nobody but
     /// running nothing either, since its next look at the inbox ends it.
     fn quit(&mut self) {
-        let answers = self.ask_each(vec![Request::Quit; self.vcpus.len()]);
+        let answers = self.ask_each(vec![Request::Quit; self.vcpus.len()], QUIT_DEADLINE);
         for (vcpu, answer) in self.vcpus.iter_mut().zip(answers) {
             let answered = !matches!(answer, Err(CoordinatorError::NoAnswer { .. }));
             if let Some(thread) = vcpu.thread.take().filter(|_| answered) {
@@ -612,31 +660,37 @@ impl Coordinator {
         }
         let seq = self.next_seq();
         self.send(vcpu.index(), seq, request);
-        self.collect(seq, vcpu.index()..vcpu.index() + 1).swap_remove(0)
+        self.collect(seq, vcpu.index()..vcpu.index() + 1, ACK_DEADLINE).swap_remove(0)
     }
 
     fn ask_all(&mut self, request: &Request) -> Result<(), CoordinatorError> {
         let requests = vec![request.clone(); self.vcpus.len()];
-        self.ask_each(requests).into_iter().try_for_each(|answer| answer.map(|_| ()))
+        self.ask_each(requests, ACK_DEADLINE).into_iter().try_for_each(|answer| answer.map(|_| ()))
     }
 
     /// One request for each vCPU; one result from each.
-    fn ask_each(&mut self, requests: Vec<Request>) -> Vec<Result<Reply, CoordinatorError>> {
+    fn ask_each(&mut self, requests: Vec<Request>, time: Duration) -> Vec<Result<Reply, CoordinatorError>> {
         let seq = self.next_seq();
         for (n, request) in requests.into_iter().enumerate() {
             self.send(n, seq, request);
         }
-        self.collect(seq, 0..self.vcpus.len())
+        self.collect(seq, 0..self.vcpus.len(), time)
     }
 
     /// Waits until every vCPU that was `asked` has answered `seq`, kicking those that have not,
-    /// until the deadline.
-    fn collect(&mut self, seq: u64, asked: Range<usize>) -> Vec<Result<Reply, CoordinatorError>> {
+    /// until the `time` is over.
+    fn collect(&mut self, seq: u64, asked: Range<usize>, time: Duration) -> Vec<Result<Reply, CoordinatorError>> {
         let mut answers: Vec<Option<Result<Reply, String>>> = asked.clone().map(|_| None).collect();
-        let deadline = Deadline::after(ACK_DEADLINE);
+        let deadline = Deadline::after(time);
         while answers.iter().any(Option::is_none) && !deadline.is_over() {
-            match deadline.recv(&self.messages, KICK_INTERVAL) {
+            let message = deadline.recv(&self.messages, KICK_INTERVAL);
+            if let Ok(Message::Answer(answer)) = &message {
+                self.alone.hear(answer);
+            }
+            match message {
                 Ok(Message::Event(event)) => self.queue(event),
+                Ok(Message::WantsAlone(vcpu)) => self.alone.wants(vcpu),
+                Ok(Message::Notice(notice)) => self.notices.push(notice),
                 Ok(Message::Answer(Answer { vcpu, seq: answered, result })) if answered == seq => {
                     // The first answer counts; a second one changes nothing.
                     let place = vcpu.index().checked_sub(asked.start).and_then(|n| answers.get_mut(n));
@@ -675,6 +729,9 @@ impl Coordinator {
     }
 
     fn kick(&self, n: usize) {
+        if self.alone.minds_kicks(VcpuId(n as u32)) {
+            return;
+        }
         let vcpu = &self.vcpus[n];
         if let Some(thread) = &vcpu.thread {
             (vcpu.kick)(thread);
@@ -691,6 +748,14 @@ impl Drop for Coordinator {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// What the guest has at `gpa`, under a patch or not.
+fn original(ground: &dyn Ground, image: &DebugImage, gpa: u64) -> Option<u8> {
+    let mut byte = [0];
+    let there = ground.read(gpa, &mut byte) == 1;
+    image.hide_patches(gpa, &mut byte);
+    there.then_some(byte[0])
 }
 
 /// Makes guest memory as `to` has it, from what it is under `from`; on error it is as it was.
@@ -733,6 +798,7 @@ fn ending_of(reason: &StopReason) -> Option<Ending> {
     match reason {
         StopReason::GuestExit(value) => Some(Ending::Exit(*value)),
         StopReason::GuestShutdown { .. } => Some(Ending::Shutdown),
+        StopReason::Crash(crash) if crash.is_mendable() => None,
         StopReason::Crash(crash) => Some(Ending::Crash(crash.clone())),
         StopReason::Ended(ending) => Some(ending.clone()),
         StopReason::Breakpoint(_)

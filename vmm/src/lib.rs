@@ -17,6 +17,8 @@ pub mod limits;
 #[cfg_attr(feature = "shuttle", allow(dead_code))]
 mod machine;
 pub mod memory;
+#[cfg_attr(feature = "shuttle", allow(dead_code))]
+mod memslots;
 pub mod msrs;
 pub mod paging;
 #[cfg(not(feature = "shuttle"))]
@@ -26,6 +28,6 @@ pub mod vcpu;
 #[cfg(not(feature = "shuttle"))]
 mod vm;
 
-pub use machine::HostError;
+pub use machine::{HostError, KvmGround};
 #[cfg(not(feature = "shuttle"))]
 pub use vm::{Vm, VmConfig, VmError};

@@ -2,11 +2,20 @@
 
 use std::time::Duration;
 
-/// How long a vCPU thread may take to answer before the operation fails and names it.
-pub const ACK_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a vCPU thread may take to answer before the operation fails and names it. A thread that only
+/// waits for a CPU of a busy host has been seen to take more than ten seconds.
+pub const ACK_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long the end of a run waits for a vCPU thread that does not answer; nothing depends on it any more.
+pub const QUIT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long to wait for an answer before the vCPU is kicked again.
 pub const KICK_INTERVAL: Duration = Duration::from_millis(2);
+
+/// How long a breakpoint that the guest sets in its own debug registers may go unseen while slots
+/// of ours are armed, on a KVM that does not report the access (SVM, PVM): at the latest after
+/// this much time of running, a vCPU looks.
+pub const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// How long a guest of the probe may run; they have a few instructions each.
 pub const PROBE_RUN: Duration = Duration::from_secs(10);

@@ -4,21 +4,26 @@
 //! Unsafe because KVM is given host memory to run the guest in.
 #![allow(unsafe_code)]
 
+mod ground;
+
 use std::io;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
-    KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_cpuid_entry2, kvm_enable_cap, kvm_lapic_state, kvm_mp_state, kvm_pit_config,
-    kvm_userspace_memory_region,
+    CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY,
+    KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_cpuid_entry2, kvm_enable_cap, kvm_lapic_state,
+    kvm_mp_state, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use crate::boot::{self, BootError, BootRequest, CpuState, Entry, layout};
 use crate::cpuid::{self, Topology};
 use crate::devices::{Console, Pc, Serial, Shared, serial};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, Slot};
+use crate::memslots::Change;
 use crate::msrs;
 use crate::vcpu::{ArmHook, KvmCpu};
+
+pub use ground::KvmGround;
 
 /// This host cannot run guests. Each says what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -119,16 +124,8 @@ impl Machine {
         }
         let vm = new_vm(&kvm)?;
         for slot in ram.slots() {
-            let region = kvm_userspace_memory_region {
-                slot: slot.slot,
-                flags: 0,
-                guest_phys_addr: slot.guest_phys_addr,
-                memory_size: slot.memory_size,
-                userspace_addr: slot.userspace_addr,
-            };
-            // SAFETY: the range is a mapping of `ram`, which every vCPU and the `Vm` keep a
-            // clone of, and nothing else lives in it.
-            setup("map guest memory", unsafe { vm.set_user_memory_region(region) })?;
+            set_memory_region(&vm, ram, Change { slot, read_only: false })
+                .map_err(|error| HostError::Setup { step: "map guest memory", error })?;
         }
         let pc = Pc::new(ram, request.cpus as u8, console).map_err(|error| MachineError::Device(error.to_string()))?;
         let irq = pc.com1.lock().irq().map_err(|error| MachineError::Device(error.to_string()))?;
@@ -140,10 +137,32 @@ impl Machine {
             let fd = setup("create a vCPU", vm.create_vcpu(n.into()))?;
             let state = if n == 0 { Some(entry.bsp) } else { boot::ap_state(request.ap_start, n) };
             init_vcpu(&fd, &cpuid::vcpu_entries(supported.as_slice(), n, topology), state)?;
-            cpus.push(KvmCpu::new(fd, pc.bus.clone(), ram.mem().clone(), arm_hook(n)));
+            cpus.push(KvmCpu::new(fd, pc.bus.clone(), ram.clone(), arm_hook(n)));
         }
         Ok(Self { vm, cpus, serial: pc.com1, entry })
     }
+}
+
+/// KVM_SET_USER_MEMORY_REGION (KVM API 4.35), for a slot that maps a part of `ram`.
+pub(crate) fn set_memory_region(vm: &VmFd, ram: &GuestRam, change: Change) -> io::Result<()> {
+    let Change { slot, read_only } = change;
+    let within = |whole: Slot| {
+        let offset = slot.userspace_addr.checked_sub(whole.userspace_addr)?;
+        (offset.checked_add(slot.memory_size)? <= whole.memory_size).then_some(())
+    };
+    if !ram.slots().into_iter().any(|whole| within(whole).is_some()) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a memory slot outside of guest memory"));
+    }
+    let region = kvm_userspace_memory_region {
+        slot: slot.slot,
+        flags: if read_only { KVM_MEM_READONLY } else { 0 },
+        guest_phys_addr: slot.guest_phys_addr,
+        memory_size: slot.memory_size,
+        userspace_addr: slot.userspace_addr,
+    };
+    // SAFETY: the range lies in a mapping of `ram`, as was just looked up. Every vCPU, the ground and
+    // the `Vm` keep a clone of it, and nothing else lives in it.
+    Ok(unsafe { vm.set_user_memory_region(region) }?)
 }
 
 pub(crate) fn new_vm(kvm: &Kvm) -> Result<VmFd, HostError> {

@@ -5,11 +5,16 @@
 //!  | RAM ...  | PCI hole   | RAM that did not fit below ...
 //! ```
 
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
 use thiserror::Error;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::boot::layout;
 use crate::limits::{MAX_MEMORY, MIB, MIN_MEMORY, PAGE_SIZE, PCI_HOLE_END, PCI_HOLE_START};
+use crate::paging::{read_physical, write_all_physical};
 
 /// Why guest memory could not be made.
 #[derive(Debug, Error)]
@@ -82,6 +87,26 @@ pub struct Slot {
 pub struct GuestRam {
     mem: GuestMemoryMmap,
     size: u64,
+    watched: Arc<Watched>,
+}
+
+/// What a device has stored to a page that somebody watches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceStore {
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// What was there.
+    pub old: Vec<u8>,
+    /// What is there now.
+    pub new: Vec<u8>,
+}
+
+/// The pages that somebody watches, and the stores of devices to them that nobody has looked at yet.
+#[derive(Debug, Default)]
+struct Watched {
+    pages: RwLock<BTreeSet<u64>>,
+    any: AtomicBool,
+    stores: Mutex<Vec<DeviceStore>>,
 }
 
 impl GuestRam {
@@ -102,7 +127,7 @@ impl GuestRam {
             })
             .collect::<Result<Vec<_>, _>>()?;
         let mem = GuestMemoryMmap::from_ranges(&ranges).map_err(|e| map(e.to_string()))?;
-        Ok(Self { mem, size })
+        Ok(Self { mem, size, watched: Arc::default() })
     }
 
     /// The memory itself, by guest-physical address.
@@ -128,6 +153,44 @@ impl GuestRam {
     /// The ranges of RAM as (start, length), lowest first.
     pub fn ranges(&self) -> Vec<(u64, u64)> {
         ram_ranges(self.size)
+    }
+
+    /// Writes for a device, on behalf of the guest; whether all of it was RAM. If not, nothing was
+    /// written. What goes to a watched page is told to those who watch, as a store of the guest's would be (law 65).
+    ///
+    /// Whoever is not the guest writes to [`mem`](Self::mem), and nobody is told.
+    pub fn device_write(&self, gpa: u64, bytes: &[u8]) -> bool {
+        let watched = !bytes.is_empty() && self.is_watched(gpa, bytes.len() as u64);
+        if !watched {
+            return write_all_physical(&self.mem, gpa, bytes);
+        }
+        let mut old = vec![0; bytes.len()];
+        let done = read_physical(&self.mem, gpa, &mut old) == old.len() && write_all_physical(&self.mem, gpa, bytes);
+        if done {
+            lock(&self.watched.stores).push(DeviceStore { gpa, old, new: bytes.to_vec() });
+            self.watched.any.store(true, Ordering::Release);
+        }
+        done
+    }
+
+    fn is_watched(&self, gpa: u64, len: u64) -> bool {
+        let pages = self.watched.pages.read().unwrap_or_else(PoisonError::into_inner);
+        let page = gpa & !(PAGE_SIZE - 1);
+        pages.range(page..=gpa.saturating_add(len - 1)).next().is_some()
+    }
+
+    /// From now on these pages (by address) are watched, and no others.
+    pub(crate) fn watch(&self, pages: &BTreeSet<u64>) {
+        self.watched.pages.write().unwrap_or_else(PoisonError::into_inner).clone_from(pages);
+    }
+
+    /// What devices have stored to watched pages since the last call, oldest first.
+    pub(crate) fn take_device_stores(&self) -> Vec<DeviceStore> {
+        // This is asked after every access to a device, and nearly always in vain.
+        if !self.watched.any.swap(false, Ordering::Acquire) {
+            return Vec::new();
+        }
+        std::mem::take(&mut *lock(&self.watched.stores))
     }
 
     /// The memory slots to give to KVM.
@@ -161,6 +224,10 @@ impl GuestRam {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Splits `size` bytes of RAM around the PCI hole: (start, length), lowest first.
 fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
     let low = size.min(PCI_HOLE_START);
@@ -181,6 +248,24 @@ mod tests {
         assert_eq!(ram_ranges(256 * MIB), [(0, 256 * MIB)]);
         assert_eq!(ram_ranges(3 * GIB), [(0, 3 * GIB)]);
         assert_eq!(ram_ranges(3 * GIB + PAGE_SIZE), [(0, 3 * GIB), (4 * GIB, PAGE_SIZE)]);
+    }
+
+    #[test]
+    fn l65_a_devices_stores_to_watched_pages_are_kept_for_the_debugger() {
+        let ram = GuestRam::new(4 * MIB).unwrap();
+        assert!(ram.device_write(0x2ffe, &[1; 4]));
+        assert_eq!(ram.take_device_stores(), []);
+        ram.watch(&BTreeSet::from([0x3000]));
+        assert!(ram.device_write(0x2ffe, &[2; 4]), "across the end of the page before");
+        assert!(ram.device_write(0x3fff, &[3; 2]), "its last byte");
+        assert!(ram.device_write(0x2000, &[4; 0x1000]) && ram.device_write(0x4000, &[5; 8]), "beside");
+        assert!(!ram.device_write(4 * MIB - 1, &[6; 2]), "beyond RAM");
+        let store = |gpa, old: &[u8], new: &[u8]| DeviceStore { gpa, old: old.to_vec(), new: new.to_vec() };
+        assert_eq!(ram.take_device_stores(), [store(0x2ffe, &[1; 4], &[2; 4]), store(0x3fff, &[0; 2], &[3; 2])]);
+        assert_eq!(ram.take_device_stores(), []);
+        ram.watch(&BTreeSet::new());
+        assert!(ram.device_write(0x3000, &[7; 8]));
+        assert_eq!(ram.take_device_stores(), []);
     }
 
     #[test]

@@ -5,8 +5,9 @@
 //! reads and patches what the guest could not.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory};
 
 use crate::vcpu::Registers;
 
@@ -53,6 +54,8 @@ pub struct Mapping {
     pub gpa: u64,
     /// Bytes from there to the end of the page.
     pub left: u64,
+    /// Ring 3 may use it, as far as the U/S bits say.
+    pub user: bool,
 }
 
 impl Paging {
@@ -60,7 +63,7 @@ impl Paging {
     pub fn translate(&self, memory: &GuestMemoryMmap, gva: u64) -> Option<Mapping> {
         if self.cr0 & CR0_PG == 0 || self.cr0 & CR0_PE == 0 {
             // 32-bit linear addresses, each its own physical one.
-            return (gva >> 32 == 0).then(|| Mapping { gpa: gva, left: (1 << 32) - gva });
+            return (gva >> 32 == 0).then(|| Mapping { gpa: gva, left: (1 << 32) - gva, user: false });
         }
         if self.efer & EFER_LMA != 0 {
             return self.walk_long(memory, gva, |_, _| true);
@@ -94,16 +97,42 @@ impl Paging {
         if self.cr4 & CR4_PSE != 0 && directory & HUGE != 0 {
             let offset = gva & 0x3f_ffff;
             let base = (directory & 0xffc0_0000) | ((directory >> 13) & 0xff) << 32;
-            return Some(Mapping { gpa: base | offset, left: 0x40_0000 - offset });
+            return Some(Mapping { gpa: base | offset, left: 0x40_0000 - offset, user: directory & USER != 0 });
         }
         let table = entry_32(memory, (directory & 0xffff_f000) + (gva >> 12 & 0x3ff) * 4)?;
         let offset = gva & 0xfff;
-        Some(Mapping { gpa: (table & 0xffff_f000) | offset, left: 0x1000 - offset })
+        let user = directory & table & USER != 0;
+        Some(Mapping { gpa: (table & 0xffff_f000) | offset, left: 0x1000 - offset, user })
     }
 
     /// Reads from `gva` on; how many bytes could be read before the first that is not there.
     pub fn read(&self, memory: &GuestMemoryMmap, gva: u64, into: &mut [u8]) -> usize {
         self.pieces(memory, gva, into.len(), |gpa, range| read_physical(memory, gpa, &mut into[range]))
+    }
+
+    /// As [`read`](Self::read); `show` gets each piece with its guest-physical address, and may change it.
+    pub fn read_shown(
+        &self,
+        memory: &GuestMemoryMmap,
+        gva: u64,
+        into: &mut [u8],
+        mut show: impl FnMut(u64, &mut [u8]),
+    ) -> usize {
+        self.pieces(memory, gva, into.len(), |gpa, range| {
+            let got = read_physical(memory, gpa, &mut into[range.clone()]);
+            show(gpa, &mut into[range][..got]);
+            got
+        })
+    }
+
+    /// Where `len` bytes from `gva` on lie, page by page; `None` if not all of them are RAM.
+    pub fn places(&self, memory: &GuestMemoryMmap, gva: u64, len: usize) -> Option<Vec<(u64, Range<usize>)>> {
+        let mut places = Vec::new();
+        let there = self.pieces(memory, gva, len, |gpa, range| {
+            places.push((gpa, range.clone()));
+            backed(memory, gpa, range.len())
+        });
+        (there == len).then_some(places)
     }
 
     /// Reads what the processor would fetch from `gva` on in 64-bit mode, in ring 3 if `user`; how
@@ -182,14 +211,16 @@ fn walk_64(
     levels: u32,
     mut allows: impl FnMut(u64, u32) -> bool,
 ) -> Option<Mapping> {
+    let mut user = true;
     for level in (0..levels).rev() {
         let shift = 12 + 9 * level;
         let entry = entry_64(memory, table + (gva >> shift & 0x1ff) * 8).filter(|entry| allows(*entry, level))?;
+        user &= entry & USER != 0;
         let is_leaf = level == 0 || (level <= 2 && entry & HUGE != 0);
         if is_leaf {
             let size = 1u64 << shift;
             let offset = gva & (size - 1);
-            return Some(Mapping { gpa: (entry & FRAME & !(size - 1)) | offset, left: size - offset });
+            return Some(Mapping { gpa: (entry & FRAME & !(size - 1)) | offset, left: size - offset, user });
         }
         table = entry & FRAME;
     }
@@ -221,8 +252,35 @@ pub fn write_all_physical(memory: &GuestMemoryMmap, gpa: u64, bytes: &[u8]) -> b
     backed(memory, gpa, bytes.len()) == bytes.len() && write_physical(memory, gpa, bytes) == bytes.len()
 }
 
+/// Stores `new` at `gpa` as the processor would, and gives what was there in `old`, which is as long; how many bytes
+/// were RAM. An aligned store of 1, 2, 4 or 8 bytes is one access: another thread sees all of it or nothing, and of
+/// two such stores one sees what the other has left.
+pub fn exchange_physical(memory: &GuestMemoryMmap, gpa: u64, new: &[u8], old: &mut [u8]) -> usize {
+    macro_rules! swap {
+        ($value:ty, $atomic:ty) => {{
+            let there = memory.get_slice(GuestAddress(gpa), new.len()).ok();
+            if let (Some(there), Ok(bytes)) = (there, <[u8; size_of::<$value>()]>::try_from(new))
+                && let Ok(there) = there.get_atomic_ref::<$atomic>(0)
+            {
+                let was = there.swap(<$value>::from_ne_bytes(bytes), Ordering::SeqCst);
+                old.copy_from_slice(&was.to_ne_bytes());
+                return new.len();
+            }
+        }};
+    }
+    match new.len() {
+        1 => swap!(u8, AtomicU8),
+        2 => swap!(u16, AtomicU16),
+        4 => swap!(u32, AtomicU32),
+        8 => swap!(u64, AtomicU64),
+        _ => {}
+    }
+    let there = read_physical(memory, gpa, old);
+    write_physical(memory, gpa, &new[..there.min(new.len())])
+}
+
 /// How many bytes from `gpa` on, up to `len`, are RAM.
-fn backed(memory: &GuestMemoryMmap, gpa: u64, len: usize) -> usize {
+pub(crate) fn backed(memory: &GuestMemoryMmap, gpa: u64, len: usize) -> usize {
     if len == 0 || memory.check_range(GuestAddress(gpa), len) {
         return len;
     }
@@ -256,12 +314,24 @@ mod tests {
         put(&m, 0x3000, 0x4003);
         put(&m, 0x3008, 0x20_0083); // 2 MiB page at gva 0x20_0000
         put(&m, 0x4000 + 8 * 5, 0x8000_0000_0000_9003); // 4 KiB page at gva 0x5000, NX set
-        assert_eq!(LONG.translate(&m, 0x5123), Some(Mapping { gpa: 0x9123, left: 0xedd }));
-        assert_eq!(LONG.translate(&m, 0x20_0010), Some(Mapping { gpa: 0x20_0010, left: 0x1f_fff0 }));
-        assert_eq!(LONG.translate(&m, 0x4000_0010), Some(Mapping { gpa: 0x10, left: 0x3fff_fff0 }));
+        assert_eq!(LONG.translate(&m, 0x5123), Some(Mapping { gpa: 0x9123, left: 0xedd, user: false }));
+        assert_eq!(LONG.translate(&m, 0x20_0010), Some(Mapping { gpa: 0x20_0010, left: 0x1f_fff0, user: false }));
+        assert_eq!(LONG.translate(&m, 0x4000_0010), Some(Mapping { gpa: 0x10, left: 0x3fff_fff0, user: false }));
         assert_eq!(LONG.translate(&m, 0x6000), None);
         assert_eq!(LONG.translate(&m, 0x0000_8000_0000_0000), None, "not canonical");
         assert_eq!(LONG.translate(&m, 0xffff_8000_0000_0000), None, "canonical, not mapped");
+    }
+
+    #[test]
+    fn what_ring_3_may_use_has_the_bit_on_every_level() {
+        let m = memory();
+        let entries = [(0x1000, 0x2000), (0x2000, 0x3000), (0x3000, 0x4000), (0x4000, 0x9000)];
+        for without in 0..5 {
+            for (n, (at, next)) in entries.into_iter().enumerate() {
+                put(&m, at, next | if n == without { 3 } else { 7 });
+            }
+            assert_eq!(LONG.translate(&m, 0x42), Some(Mapping { gpa: 0x9042, left: 0xfbe, user: without == 4 }));
+        }
     }
 
     #[test]
@@ -352,6 +422,28 @@ mod tests {
         let mut tail = [0; 2];
         LONG.read(&m, 0x1ffe, &mut tail);
         assert_eq!(tail, [0, 0], "all or nothing");
+    }
+
+    #[test]
+    fn an_exchange_gives_what_was_there() {
+        let m = memory();
+        m.write_slice(&[0xaa; 32], GuestAddress(0x1000)).unwrap();
+        let mut bytes = [0xaa; 32];
+        // Aligned, unaligned, odd sizes.
+        for (at, len) in [(0, 1), (2, 2), (4, 4), (8, 8), (3, 2), (13, 8), (21, 3), (24, 8), (0, 8)] {
+            let new: Vec<u8> = (0..len).map(|n| (at * 16 + n) as u8).collect();
+            let mut old = vec![0; len];
+            assert_eq!(exchange_physical(&m, 0x1000 + at as u64, &new, &mut old), len);
+            assert_eq!(old, bytes[at..at + len]);
+            bytes[at..at + len].copy_from_slice(&new);
+            let mut now = [0; 32];
+            m.read_slice(&mut now, GuestAddress(0x1000)).unwrap();
+            assert_eq!(now, bytes);
+        }
+        let mut old = [0; 8];
+        assert_eq!(exchange_physical(&m, 0x3f_fffc, &[1; 8], &mut old), 4, "the end of RAM");
+        assert_eq!(exchange_physical(&m, 0x40_0000, &[1; 8], &mut old), 0);
+        assert_eq!(exchange_physical(&m, u64::MAX, &[1; 8], &mut old), 0);
     }
 
     /// A second, slower reading of the four-level walk, entry by entry.

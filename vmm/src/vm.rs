@@ -1,6 +1,7 @@
 //! A guest under the debugger: the machine, its coordinator, and its memory.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
@@ -8,9 +9,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{BootError, BootRequest, Entry};
 use crate::coordinator::{Coordinator, CoordinatorError, Kick};
-use crate::debug::{Breakpoint, BreakpointError, Ending, Handler, Level, Owner, ResumePlan, Stop, StopReason, VcpuId};
+use crate::debug::{
+    Breakpoint, BreakpointError, Ending, Handler, INT3, Level, Offer, Owner, ResumePlan, Stop, StopReason, VcpuId,
+};
 use crate::devices::{Console, Serial, Shared};
-use crate::machine::{HostError, Machine, MachineError};
+use crate::machine::{HostError, KvmGround, Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::paging::{self, Paging};
 use crate::probe;
@@ -59,12 +62,14 @@ impl From<MachineError> for VmError {
 pub struct Vm {
     // Dropped first: its threads use everything below.
     coordinator: Coordinator,
+    /// The coordinator knows what this host serves beyond the slots.
+    offered: bool,
     ram: GuestRam,
     serial: Shared<Serial>,
     entry: Entry,
     events: EventFd,
     // Keeps the interrupt controllers alive for as long as devices raise lines.
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
 }
 
 impl Vm {
@@ -81,12 +86,14 @@ impl Vm {
         let events = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(resources)?;
         let notify = Arc::new(events.try_clone().map_err(resources)?);
         let cpus = machine.cpus.into_iter().map(|cpu| (cpu, Box::new(kick::send) as Kick)).collect();
-        let coordinator = Coordinator::new(cpus, move || {
+        let mut coordinator = Coordinator::new(cpus, move || {
             // Fails only when the counter is full, and then it is readable already.
             let _ = notify.write(1);
         })
         .map_err(resources)?;
-        Ok(Self { coordinator, ram, serial: machine.serial, entry: machine.entry, events, _vm: machine.vm })
+        let vm = Arc::new(machine.vm);
+        coordinator.use_ground(Box::new(KvmGround::new(vm.clone(), ram.clone())), Offer::SLOTS);
+        Ok(Self { coordinator, ram, serial: machine.serial, entry: machine.entry, events, offered: false, _vm: vm })
     }
 
     /// Readable whenever [`poll`](Self::poll) may have something to say.
@@ -130,35 +137,53 @@ impl Vm {
     }
 
     /// Arms `request` on every vCPU, or nowhere; works while the guest runs. What this host's KVM
-    /// would accept and never trigger is refused.
+    /// would accept and never trigger is served in another way, or refused.
     pub fn set_breakpoint(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
-        self.can_trigger(request)?;
-        self.arm(owner, request)
+        self.learn_offer(&[request])?;
+        self.coordinator.set_breakpoint(owner, request)
     }
 
     /// As [`set_breakpoint`](Self::set_breakpoint), with a handler that decides about each hit on
     /// the vCPU's own thread: one that says [`Continue`](crate::debug::Disposition::Continue)
     /// stops nobody.
     pub fn set_trap(&mut self, owner: Owner, request: Breakpoint, handler: Handler) -> Result<(), BreakpointError> {
-        self.can_trigger(request)?;
+        self.learn_offer(&[request])?;
         self.coordinator.set_trap(owner, request, Some(handler))
     }
 
-    /// As [`set_breakpoint`](Self::set_breakpoint), without asking what the host can do.
-    pub(crate) fn arm(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
-        self.coordinator.set_breakpoint(owner, request)
+    /// As [`set_trap`](Self::set_trap), all of them or none, in one change: for thousands at once.
+    pub fn set_traps(
+        &mut self,
+        owner: Owner,
+        requests: Vec<(Breakpoint, Option<Handler>)>,
+    ) -> Result<(), BreakpointError> {
+        let plain: Vec<Breakpoint> = requests.iter().map(|(request, _)| *request).collect();
+        self.learn_offer(&plain)?;
+        self.coordinator.set_traps(owner, requests)
     }
 
-    /// What this host's KVM would accept and never trigger is refused.
-    fn can_trigger(&self, request: Breakpoint) -> Result<(), BreakpointError> {
-        if request.on.is_watch() {
-            let unsupported = |why: String| BreakpointError::Unsupported { request, why };
-            let host = probe::capabilities().map_err(|error| unsupported(error.to_string()))?;
-            if !host.can_watch_in_hardware() {
-                return Err(unsupported("this host's KVM accepts data watchpoints and never triggers them".to_owned()));
-            }
+    /// Disarms all of `requests` on every vCPU, or none of them, in one change.
+    pub fn clear_traps(&mut self, owner: Owner, requests: &[Breakpoint]) -> Result<(), BreakpointError> {
+        self.coordinator.clear_traps(owner, requests)
+    }
+
+    /// Takes what this host serves from its probe, before the first request. A host that cannot be
+    /// asked serves execution slots: no watchpoint, for nobody knows whether it would ever fire.
+    fn learn_offer(&mut self, requests: &[Breakpoint]) -> Result<(), BreakpointError> {
+        if self.offered {
+            return Ok(());
         }
-        Ok(())
+        match probe::capabilities() {
+            Ok(host) => {
+                self.coordinator.set_offer(host.offer());
+                self.offered = true;
+                Ok(())
+            }
+            Err(error) => match requests.iter().find(|request| request.on.is_watch()) {
+                Some(&request) => Err(BreakpointError::Unsupported { request, why: error.to_string() }),
+                None => Ok(()),
+            },
+        }
     }
 
     /// Disarms `request` on every vCPU, or nowhere; works while the guest runs.
@@ -217,25 +242,69 @@ impl Vm {
         self.coordinator.activity(vcpu)
     }
 
-    /// Reads linear memory as `vcpu` sees it; how many bytes could be read.
+    /// Reads linear memory as `vcpu` sees it, without breakpoints (law 55); how many bytes could be read.
     pub fn read_memory(&mut self, vcpu: VcpuId, addr: u64, into: &mut [u8]) -> Result<usize, CoordinatorError> {
         let paging = Paging::from(&self.registers(vcpu)?);
-        Ok(paging.read(self.ram.mem(), addr, into))
+        let image = self.coordinator.image();
+        Ok(paging.read_shown(self.ram.mem(), addr, into, |gpa, bytes| image.hide_patches(gpa, bytes)))
     }
 
     /// Writes linear memory as `vcpu` sees it; whether all of it was there. If not, nothing was written.
+    /// Breakpoints in it stay, and what was written is there when they go.
     pub fn write_memory(&mut self, vcpu: VcpuId, addr: u64, bytes: &[u8]) -> Result<bool, CoordinatorError> {
         let paging = Paging::from(&self.registers(vcpu)?);
-        Ok(paging.write(self.ram.mem(), addr, bytes))
+        match paging.places(self.ram.mem(), addr, bytes.len()) {
+            Some(places) => self.write_places(&places, bytes),
+            None => Ok(false),
+        }
     }
 
-    /// Reads guest-physical memory; how many bytes could be read.
+    /// Reads guest-physical memory, without breakpoints; how many bytes could be read.
     pub fn read_physical(&self, addr: u64, into: &mut [u8]) -> usize {
-        paging::read_physical(self.ram.mem(), addr, into)
+        let got = paging::read_physical(self.ram.mem(), addr, into);
+        self.coordinator.image().hide_patches(addr, &mut into[..got]);
+        got
     }
 
     /// Writes guest-physical memory; whether all of it was RAM. If not, nothing was written.
-    pub fn write_physical(&self, addr: u64, bytes: &[u8]) -> bool {
-        paging::write_all_physical(self.ram.mem(), addr, bytes)
+    /// Breakpoints in it stay, and what was written is there when they go.
+    pub fn write_physical(&mut self, addr: u64, bytes: &[u8]) -> Result<bool, CoordinatorError> {
+        if paging::backed(self.ram.mem(), addr, bytes.len()) < bytes.len() {
+            return Ok(false);
+        }
+        self.write_places(&[(addr, 0..bytes.len())], bytes)
+    }
+
+    /// Writes `bytes` to places that are all RAM: `(gpa, which of the bytes)`.
+    fn write_places(&mut self, places: &[(u64, Range<usize>)], bytes: &[u8]) -> Result<bool, CoordinatorError> {
+        let under: Vec<(u64, u8)> = places
+            .iter()
+            .flat_map(|(gpa, range)| {
+                let byte = move |at: u64| bytes[range.start + (at - gpa) as usize];
+                self.patched(*gpa, range.len()).map(move |at| (at, byte(at)))
+            })
+            .collect();
+        self.coordinator.write_under_patches(&under)?;
+        let mut written = true;
+        for (gpa, range) in places {
+            // Around the patches that are still there: an INT3 that was written under one has taken its place.
+            let kept: Vec<u64> = self.patched(*gpa, range.len()).collect();
+            let mut from = 0;
+            for to in kept.iter().map(|at| (at - gpa) as usize).chain([range.len()]) {
+                let piece = &bytes[range.start + from.min(to)..range.start + to];
+                written &= paging::write_all_physical(self.ram.mem(), gpa + from as u64, piece);
+                from = to + 1;
+            }
+        }
+        Ok(written)
+    }
+
+    /// Addresses of the patches that stand in memory among `len` bytes from `gpa` on.
+    fn patched(&self, gpa: u64, len: usize) -> impl Iterator<Item = u64> {
+        let patches = self.coordinator.image().patches_in(gpa, len as u64).iter().map(|patch| patch.gpa);
+        patches.filter(|at| {
+            let mut byte = [0];
+            paging::read_physical(self.ram.mem(), *at, &mut byte) == 1 && byte[0] == INT3
+        })
     }
 }

@@ -8,6 +8,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on has failed
 #![cfg(feature = "shuttle")]
 
+use std::collections::BTreeSet;
 use std::io;
 
 use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,10 +16,11 @@ use shuttle::sync::{Arc, Mutex};
 use shuttle::thread;
 use trapline_vmm::coordinator::{Coordinator, CoordinatorError, Kick};
 use trapline_vmm::debug::{
-    Breakpoint, BreakpointError, DebugExit, Disposition, Dr6, Handler, Level, Owner, ResumePlan, RunMode, Stop,
-    StopReason, Trigger, VcpuId,
+    Breakpoint, BreakpointError, DebugExit, Disposition, Dr6, GuestRegisters, Handler, INT3, Level, Mechanism, Offer,
+    Owner, ResumePlan, RunMode, Stop, StopReason, Trigger, VcpuId,
 };
-use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, Registers};
+use trapline_vmm::ground::Ground;
+use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, Raised, Registers};
 
 /// The loop: LOOP, LOOP + 1 (counts), LOOP + 2, back to LOOP.
 const LOOP: u64 = 0x1000;
@@ -45,9 +47,62 @@ struct Probe {
     stores_to: AtomicU64,
 }
 
+/// The bytes of the loop. Linear and physical addresses are the same.
+#[derive(Clone)]
+struct Memory(Arc<Vec<AtomicU64>>);
+
+/// What the guest has there: a prefix that is no instruction yet, so that nobody carries it out but
+/// the model.
+const CODE: u8 = 0xf0;
+
+impl Memory {
+    fn new() -> Self {
+        Memory(Arc::new((0..3).map(|_| AtomicU64::new(CODE.into())).collect()))
+    }
+
+    fn byte(&self, gpa: u64) -> Option<&AtomicU64> {
+        self.0.get(gpa.checked_sub(LOOP)? as usize)
+    }
+
+    fn read(&self, gpa: u64) -> Option<u8> {
+        self.byte(gpa).map(|byte| byte.load(Ordering::SeqCst) as u8)
+    }
+
+    fn write(&self, gpa: u64, value: u8) {
+        self.byte(gpa).expect("a byte of the loop").store(value.into(), Ordering::SeqCst);
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        (LOOP..LOOP + 3).filter_map(|gpa| self.read(gpa)).collect()
+    }
+}
+
+impl Ground for Memory {
+    fn read(&self, gpa: u64, into: &mut [u8]) -> usize {
+        let there = Memory::read(self, gpa).filter(|_| into.len() == 1);
+        there.map_or(0, |byte| {
+            into[0] = byte;
+            1
+        })
+    }
+
+    fn replace(&mut self, gpa: u64, from: u8, to: u8) -> io::Result<bool> {
+        let is_it = Memory::read(self, gpa) == Some(from);
+        if is_it {
+            self.write(gpa, to);
+        }
+        Ok(is_it)
+    }
+
+    fn protect(&mut self, _: &BTreeSet<u64>) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 struct ModelCpu {
     pc: u64,
     probe: Arc<Probe>,
+    memory: Memory,
 }
 
 impl ModelCpu {
@@ -57,6 +112,9 @@ impl ModelCpu {
         let hit = (0..4).find(|&n| arming.dr7.is_enabled(n) && arming.addresses[n] == self.pc);
         if let Some(n) = hit {
             return Some(Exit::Debug(DebugExit { exception: 1, pc: self.pc, dr6: Dr6::RESET | 1 << n }));
+        }
+        if self.memory.read(self.pc) == Some(INT3) {
+            return Some(Exit::Debug(DebugExit { exception: 3, pc: self.pc, dr6: 0 }));
         }
         let mut causes = 0;
         if self.pc == COUNTS {
@@ -143,8 +201,20 @@ impl Cpu for ModelCpu {
         Ok(())
     }
 
-    fn translate(&mut self, _: u64) -> Option<u64> {
-        None
+    fn translate(&mut self, addr: u64) -> Option<u64> {
+        self.memory.read(addr).map(|_| addr)
+    }
+
+    fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize {
+        Ground::read(&self.memory, gpa, into)
+    }
+
+    fn write_physical(&mut self, gpa: u64, bytes: &[u8]) -> bool {
+        // Others get a turn before and after.
+        thread::yield_now();
+        self.memory.write(gpa, bytes[0]);
+        thread::yield_now();
+        true
     }
 
     fn read(&mut self, _: u64, _: &mut [u8]) -> usize {
@@ -163,14 +233,31 @@ impl Cpu for ModelCpu {
         panic!("the guest was given a #BP that is not its own");
     }
 
-    fn guest_debug_state(&mut self) -> io::Result<(bool, u64)> {
-        Ok((false, 0x400))
+    fn guest_registers(&mut self) -> io::Result<GuestRegisters> {
+        Ok(GuestRegisters { dr7: 0x400, ..GuestRegisters::default() })
+    }
+
+    fn set_guest_registers(&mut self, _: &GuestRegisters) -> io::Result<()> {
+        panic!("the guest's debug registers were written");
+    }
+
+    fn raise(&mut self, event: Raised, _: u64) -> io::Result<()> {
+        panic!("the guest was given what it did not raise: {event:?}");
+    }
+
+    fn end_shadow(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn kick_itself(&mut self, _: bool) -> io::Result<()> {
+        Ok(())
     }
 }
 
 struct World {
     coordinator: Coordinator,
     probes: Vec<Arc<Probe>>,
+    memory: Memory,
 }
 
 impl World {
@@ -180,6 +267,7 @@ impl World {
     }
 
     fn starting_at(pcs: &[u64]) -> Self {
+        let memory = Memory::new();
         let probes: Vec<Arc<Probe>> = pcs.iter().map(|_| Arc::default()).collect();
         let cpus = probes
             .iter()
@@ -187,11 +275,40 @@ impl World {
             .map(|(probe, &pc)| {
                 let kicked = probe.clone();
                 let kick: Kick = Box::new(move |_| kicked.kicked.store(true, Ordering::SeqCst));
-                (ModelCpu { pc, probe: probe.clone() }, kick)
+                (ModelCpu { pc, probe: probe.clone(), memory: memory.clone() }, kick)
             })
             .collect();
         let coordinator = Coordinator::new(cpus, || ()).expect("threads");
-        World { coordinator, probes }
+        World { coordinator, probes, memory }
+    }
+
+    /// As [`new`](Self::new), with all slots taken by breakpoints that nobody comes by: what is set
+    /// now is an INT3 in memory.
+    fn patching(vcpus: usize) -> Self {
+        let mut world = Self::new(vcpus);
+        let offer = Offer { patches: true, ..Offer::SLOTS };
+        world.coordinator.use_ground(Box::new(world.memory.clone()), offer);
+        for n in 0..4 {
+            world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(0xdead_0000 + n)).unwrap();
+        }
+        world
+    }
+
+    /// Sets an INT3 at the counted instruction.
+    fn patch(&mut self) -> Breakpoint {
+        let request = Breakpoint::exec(COUNTS);
+        self.coordinator.set_breakpoint(Owner::GDB, request).unwrap();
+        assert_eq!(self.coordinator.mechanism(Owner::GDB, request), Some(Mechanism::Patch));
+        request
+    }
+
+    /// Polls until every vCPU has counted `more`.
+    fn count_on(&mut self, more: u64) {
+        let before = self.counts();
+        while self.counts().iter().zip(&before).any(|(now, then)| *now < then + more) {
+            assert_eq!(self.coordinator.poll().unwrap(), None);
+            thread::yield_now();
+        }
     }
 
     fn go(&mut self) -> Option<Stop> {
@@ -713,5 +830,238 @@ fn c2_no_kick_is_lost() {
             }
             assert_eq!(world.executed(), before, "guest code ran in a stopped world");
         }
+    });
+}
+
+/// A handler that counts, and how often it did on each vCPU.
+fn counting(vcpus: usize) -> (Handler, Arc<Vec<AtomicU64>>) {
+    let counted: Arc<Vec<AtomicU64>> = Arc::new((0..vcpus).map(|_| AtomicU64::new(0)).collect());
+    let counter = counted.clone();
+    let handler = Handler::new(move |hit| {
+        assert_eq!(hit.pc, COUNTS);
+        counter[hit.vcpu.index()].fetch_add(1, Ordering::SeqCst);
+        Disposition::Continue
+    });
+    (handler, counted)
+}
+
+/// A vCPU that was parked between the hit and its instruction has one hit more than executions.
+fn assert_equal(counted: &[AtomicU64], world: &World) {
+    for (n, count) in world.counts().into_iter().enumerate() {
+        let hits = counted[n].load(Ordering::SeqCst);
+        assert!(hits == count || hits == count + 1, "vCPU {n}: {hits} hits, {count} executions");
+    }
+}
+
+#[test]
+fn l58_every_crossing_of_a_patch_is_counted_on_every_vcpu() {
+    check(|| {
+        let mut world = World::patching(3);
+        let (handler, counted) = counting(3);
+        world.coordinator.set_trap(Owner::harness(1), Breakpoint::exec(COUNTS), Some(handler)).unwrap();
+        // All three want to be alone again and again, often at once, and the world is stopped in between.
+        for _ in 0..3 {
+            assert_eq!(world.go(), None);
+            world.count_on(2);
+            world.coordinator.stop().unwrap();
+            assert_eq!(world.coordinator.take_stop(), None);
+            assert_equal(&counted, &world);
+            assert_eq!(world.memory.bytes(), [CODE, INT3, CODE], "an INT3 was not put back");
+        }
+        world.coordinator.clear_level(Level::Harness).unwrap();
+        assert_eq!(world.memory.bytes(), [CODE; 3]);
+    });
+}
+
+#[test]
+fn l58_every_crossing_of_a_patch_is_told_exactly_once() {
+    check(|| {
+        let mut world = World::patching(3);
+        let request = world.patch();
+        let mut hits = [0u64; 3];
+        for _ in 0..12 {
+            let stop = match world.go() {
+                Some(pending) => pending,
+                None => world.wait(),
+            };
+            assert_eq!(stop.reason, StopReason::Breakpoint(request));
+            hits[stop.vcpu.index()] += 1;
+            for (n, count) in world.counts().into_iter().enumerate() {
+                assert!(count == hits[n] || count + 1 == hits[n], "vCPU {n}: {count} of {}", hits[n]);
+            }
+        }
+    });
+}
+
+#[test]
+fn l58_a_stop_request_finds_those_that_step_over_a_patch() {
+    check(|| {
+        let mut world = World::patching(2);
+        let (handler, counted) = counting(2);
+        world.coordinator.set_trap(Owner::harness(1), Breakpoint::exec(COUNTS), Some(handler)).unwrap();
+        // Nobody polls: it is the stops that let them step, and each gets on.
+        let mut rounds = 0;
+        while world.counts().iter().any(|&count| count < 3) {
+            assert_eq!(world.go(), None);
+            for _ in 0..5 {
+                thread::yield_now();
+            }
+            world.coordinator.stop().unwrap();
+            assert_equal(&counted, &world);
+            let before = world.executed();
+            for _ in 0..5 {
+                thread::yield_now();
+            }
+            assert_eq!(world.executed(), before, "guest code ran in a stopped world");
+            rounds += 1;
+            assert!(rounds < 2_000, "they do not get on: {:?}", world.counts());
+        }
+    });
+}
+
+#[test]
+fn l59_a_patch_that_comes_and_goes_under_running_vcpus_disturbs_none() {
+    check(|| {
+        let mut world = World::patching(2);
+        assert_eq!(world.go(), None);
+        for _ in 0..4 {
+            let request = world.patch();
+            for _ in 0..3 {
+                thread::yield_now();
+            }
+            world.coordinator.clear_breakpoint(Owner::GDB, request).unwrap();
+            assert_eq!(world.memory.bytes(), [CODE; 3]);
+            assert_eq!(world.coordinator.poll().unwrap(), None, "a hit on what is gone was told");
+            world.count_on(1);
+        }
+    });
+}
+
+#[test]
+fn l58_a_vcpu_that_cannot_step_over_stops_the_world_and_holds_nobody_up() {
+    check(|| {
+        let mut world = World::patching(2);
+        let (handler, _) = counting(2);
+        world.coordinator.set_trap(Owner::harness(1), Breakpoint::exec(COUNTS), Some(handler)).unwrap();
+        assert_eq!(world.go(), None);
+        while world.probes[0].count.load(Ordering::SeqCst) == 0 {
+            assert_eq!(world.coordinator.poll().unwrap(), None);
+            thread::yield_now();
+        }
+        // Whatever it is armed for next fails: the step over the patch, or the run up to it.
+        world.probes[0].fail.store(1, Ordering::SeqCst);
+        let stop = world.wait();
+        assert_eq!(stop.vcpu, VcpuId(0));
+        assert!(matches!(stop.reason, StopReason::Crash(_)), "{stop:?}");
+        assert_eq!(world.memory.bytes(), [CODE, INT3, CODE], "an INT3 was not put back");
+    });
+}
+
+#[test]
+fn l58_while_one_is_late_with_its_step_nobody_else_runs() {
+    check(|| {
+        let mut world = World::patching(2);
+        let (handler, counted) = counting(2);
+        world.coordinator.set_trap(Owner::harness(1), Breakpoint::exec(COUNTS), Some(handler)).unwrap();
+        assert_eq!(world.go(), None);
+        while world.probes[0].count.load(Ordering::SeqCst) == 0 {
+            assert_eq!(world.coordinator.poll().unwrap(), None);
+            thread::yield_now();
+        }
+        // Longer than the deadline has turns. It comes where it arms: mostly with the patch taken out.
+        world.probes[1].late.store(5_000, Ordering::SeqCst);
+        let mut refused = 0;
+        for _ in 0..20 {
+            match world.coordinator.poll() {
+                Ok(stop) => assert_eq!(stop, None),
+                Err(CoordinatorError::NoAnswer { vcpu }) => {
+                    assert_eq!(vcpu, VcpuId(1));
+                    refused += 1;
+                    assert_equal(&counted, &world);
+                    // Not even a change of the set or a failed stop lets the other one go.
+                    let _ = world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(LOOP));
+                    let _ = world.coordinator.clear_breakpoint(Owner::GDB, Breakpoint::exec(LOOP));
+                    assert_equal(&counted, &world);
+                    if refused == 2 {
+                        break;
+                    }
+                }
+                Err(other) => panic!("{other}"),
+            }
+            thread::yield_now();
+        }
+        world.probes[1].late.store(0, Ordering::SeqCst);
+        // Once it wakes all is as if nothing had been.
+        let before = world.counts();
+        while world.counts().iter().zip(&before).any(|(now, then)| *now < then + 2) {
+            match world.coordinator.poll() {
+                Ok(None) | Err(CoordinatorError::NoAnswer { vcpu: VcpuId(1) }) => thread::yield_now(),
+                other => panic!("{other:?}"),
+            }
+        }
+        while world.coordinator.stop().is_err() {}
+        assert_equal(&counted, &world);
+        assert_eq!(world.memory.bytes(), [CODE, INT3, CODE]);
+    });
+}
+
+#[test]
+fn l58_under_scheduler_locking_the_parked_ones_stay_parked_when_the_other_steps_over() {
+    check(|| {
+        let mut world = World::patching(2);
+        let (handler, counted) = counting(2);
+        world.coordinator.set_trap(Owner::harness(1), Breakpoint::exec(COUNTS), Some(handler)).unwrap();
+        assert_eq!(world.go(), None);
+        world.count_on(1);
+        world.coordinator.stop().unwrap();
+        let executed = |world: &World| world.probes[0].executed.load(Ordering::SeqCst);
+        let before = executed(&world);
+        let only = ResumePlan::all(2, RunMode::Parked).with(VcpuId(1), RunMode::Continue);
+        assert_eq!(world.coordinator.resume(&only).unwrap(), None);
+        let target = world.counts()[1] + 3;
+        while world.counts()[1] < target {
+            assert_eq!(world.coordinator.poll().unwrap(), None);
+            thread::yield_now();
+        }
+        world.coordinator.stop().unwrap();
+        assert_eq!(executed(&world), before, "the parked one ran");
+        assert_equal(&counted, &world);
+    });
+}
+
+#[test]
+fn l58_a_step_of_the_user_over_a_patch_is_one_step() {
+    check(|| {
+        let mut world = World::patching(2);
+        let request = world.patch();
+        assert_eq!(world.go(), None);
+        let told = world.wait();
+        assert_eq!(told.reason, StopReason::Breakpoint(request));
+        while world.coordinator.take_stop().is_some() {}
+        for n in [1, 2, 0, 1, 2] {
+            let only = ResumePlan::all(2, RunMode::Parked).with(told.vcpu, RunMode::Step);
+            let stop = match world.coordinator.resume(&only).unwrap() {
+                Some(pending) => pending,
+                None => world.wait(),
+            };
+            assert_eq!(stop, Stop::new(told.vcpu, StopReason::Step));
+            let pc = world.coordinator.registers(told.vcpu).unwrap().rip;
+            assert_eq!(pc, LOOP + (n + 1) % 3, "in step {n}");
+        }
+        assert_eq!(world.counts()[told.vcpu.index()], 2);
+    });
+}
+
+#[test]
+fn l71_release_takes_the_patches_away_while_vcpus_stand_on_them() {
+    check(|| {
+        let mut world = World::patching(3);
+        world.patch();
+        assert_eq!(world.go(), None);
+        world.wait();
+        world.coordinator.release(Level::Gdb).unwrap();
+        assert_eq!(world.memory.bytes(), [CODE; 3]);
+        world.count_on(2);
+        assert!(world.armed().iter().all(|arming| *arming == Arming::OFF));
     });
 }

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::{Breakpoint, Owner, VcpuId};
+use super::{Breakpoint, Owner, Stored, VcpuId};
 use crate::vcpu::Registers;
 
 /// What a handler has decided.
@@ -29,6 +29,8 @@ pub struct Hit<'a> {
     /// Linear address of the next instruction: that of the breakpoint, or the one behind the
     /// access for a watchpoint.
     pub pc: u64,
+    /// What was stored where, if a write watchpoint is served by read-only pages.
+    pub stored: Option<&'a Stored>,
     pub(crate) state: &'a mut dyn GuestState,
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Breakpoint, Dr7, Handler, Level, Owner, SLOTS, SlotCondition, SlotLen};
+use super::{Breakpoint, Dr7, Handler, INT3, Level, Owner, SLOTS, SlotCondition, SlotLen};
 use crate::limits::PAGE_SIZE;
 
 /// Counts changes of the set. Epoch 0 is the empty image that every vCPU starts with.
@@ -150,6 +150,23 @@ impl DebugImage {
         self.patches.binary_search_by_key(&gpa, |patch| patch.gpa).ok().map(|n| &self.patches[n])
     }
 
+    /// The patches among `len` bytes from `gpa` on, by address.
+    pub fn patches_in(&self, gpa: u64, len: u64) -> &[Patch] {
+        let first = self.patches.partition_point(|patch| patch.gpa < gpa);
+        let near = &self.patches[first..];
+        &near[..near.partition_point(|patch| patch.gpa - gpa < len)]
+    }
+
+    /// Shows in `bytes`, which were read from `gpa` on, what the guest has where patches are (law 55).
+    pub fn hide_patches(&self, gpa: u64, bytes: &mut [u8]) {
+        for patch in self.patches_in(gpa, bytes.len() as u64) {
+            // What the guest has written over a patch is its own.
+            if let Some(byte) = bytes.get_mut((patch.gpa - gpa) as usize).filter(|byte| **byte == INT3) {
+                *byte = patch.original;
+            }
+        }
+    }
+
     /// The watched ranges, by address.
     pub fn ranges(&self) -> &[WatchedRange] {
         &self.ranges
@@ -182,5 +199,44 @@ impl DebugImage {
                 .filter(|slot| slot.condition == SlotCondition::Execute && slot.addr == pc)
                 .map(|slot| (n, slot))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn image(patches: &[(u64, u8)]) -> DebugImage {
+        let patch = |&(gpa, original): &(u64, u8)| {
+            let behind = SlotOwner { owner: Owner::GDB, request: Breakpoint::exec(gpa), handler: None };
+            Patch { gpa, original, owners: vec![behind] }
+        };
+        DebugImage::new(Epoch(1), Default::default()).with_memory(patches.iter().map(patch).collect(), Vec::new())
+    }
+
+    #[test]
+    fn l55_a_patch_that_the_guest_has_overwritten_is_not_hidden() {
+        let mut bytes = [INT3, 0x90, INT3, INT3];
+        image(&[(0x1000, 0x55), (0x1001, 0x48), (0x1003, 0xf4)]).hide_patches(0x1000, &mut bytes);
+        assert_eq!(bytes, [0x55, 0x90, INT3, 0xf4]);
+    }
+
+    proptest! {
+        #[test]
+        fn l55_hiding_agrees_with_a_look_at_each_byte(
+            patches in prop::collection::btree_map(0x1000u64..0x1040, any::<u8>(), 0..20),
+            gpa in prop_oneof![0xff0u64..0x1050, Just(0), Just(u64::MAX - 3)],
+            overwritten in prop::collection::vec(any::<bool>(), 0..80),
+        ) {
+            let list: Vec<(u64, u8)> = patches.iter().map(|(gpa, byte)| (*gpa, *byte)).collect();
+            let memory: Vec<u8> = overwritten.iter().map(|&other| if other { 0x11 } else { INT3 }).collect();
+            let mut shown = memory.clone();
+            image(&list).hide_patches(gpa, &mut shown);
+            for (n, (shown, there)) in shown.into_iter().zip(memory).enumerate() {
+                let original = gpa.checked_add(n as u64).and_then(|at| patches.get(&at)).filter(|_| there == INT3);
+                prop_assert_eq!(shown, *original.unwrap_or(&there));
+            }
+        }
     }
 }

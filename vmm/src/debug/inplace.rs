@@ -351,3 +351,125 @@ fn carries(into: u64, carry: bool, overflow: u64, bits: u32) -> u64 {
     }
     flags
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const AT: u64 = 0xffff_ffff_8100_0000;
+
+    fn general(rflags: u64) -> General {
+        General { gpr: std::array::from_fn(|n| 0x1111_1111_1111_1111 * n as u64), rip: AT, rflags }
+    }
+
+    fn after(code: &[u8]) -> Option<General> {
+        carry_out(code, &general(2), false)
+    }
+
+    #[test]
+    fn l41_a_nop_moves_rip_alone() {
+        let forms: [&[u8]; 10] = [
+            &[0x90],
+            &[0x66, 0x90],
+            &[0x66, 0x66, 0x90],
+            &[0x48, 0x90],
+            &[0x0f, 0x1f, 0x00],
+            &[0x0f, 0x1f, 0x44, 0x00, 0x00],
+            &[0x66, 0x2e, 0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0],
+            &[0x0f, 0x19, 0xc0],
+            &[0xf3, 0x0f, 0x1e, 0xfa],
+            &[0xf3, 0x0f, 0x1e, 0xfb],
+        ];
+        for form in forms {
+            let expected = General { rip: AT + form.len() as u64, ..general(2) };
+            assert_eq!(after(form), Some(expected), "{form:02x?}");
+        }
+    }
+
+    #[test]
+    fn l41_87_c0_is_no_nop() {
+        let before = General { gpr: [u64::MAX; 16], ..general(2) };
+        assert_eq!(carry_out(&[0x87, 0xc0], &before, false).unwrap().gpr[0], 0xffff_ffff);
+    }
+
+    #[test]
+    fn l41_rf_ends_and_tf_is_left_to_the_step() {
+        assert_eq!(carry_out(&[0x90], &general(2 | RF), false).unwrap().rflags, 2);
+        assert_eq!(carry_out(&[0x90], &general(2 | TF), false), None);
+    }
+
+    #[test]
+    fn what_is_not_known_is_left_to_the_step() {
+        let forms: [&[u8]; 30] = [
+            &[],
+            &[0x0f],
+            &[0xf3, 0x90],                   // pause
+            &[0xf2, 0x90],                   // with a prefix that means nothing here
+            &[0xf0, 0xff, 0xc0],             // lock inc eax: #UD
+            &[0x55],                         // push rbp
+            &[0x5d],                         // pop rbp
+            &[0xc3],                         // ret
+            &[0xe8, 0, 0, 0, 0],             // call
+            &[0x89, 0x00],                   // mov [rax], eax
+            &[0x8b, 0x00],                   // mov eax, [rax]
+            &[0x03, 0x00],                   // add eax, [rax]
+            &[0x87, 0x00],                   // xchg [rax], eax
+            &[0xff, 0x20],                   // jmp [rax]
+            &[0x66, 0xff, 0xe0],             // jmp rax, as Intel has it
+            &[0x66, 0xeb, 0x00],             // the same
+            &[0x66, 0x48, 0x74, 0x00],       // the same, behind REX
+            &[0x8e, 0xd0],                   // mov ss, eax
+            &[0x8c, 0xd0],                   // mov eax, ss
+            &[0x0f, 0x22, 0xd8],             // mov cr3, rax
+            &[0x0f, 0x23, 0xf8],             // mov dr7, rax
+            &[0xfb],                         // sti
+            &[0xfa],                         // cli
+            &[0xf4],                         // hlt
+            &[0xcc],                         // int3
+            &[0x0f, 0x05],                   // syscall
+            &[0x0f, 0x0b],                   // ud2
+            &[0x66, 0x0f, 0xc8],             // bswap ax
+            &[0xd3, 0xe0],                   // shl eax, cl
+            &[0xf3, 0x48, 0x0f, 0x1e, 0xc8], // rdssp
+        ];
+        for form in forms {
+            assert_eq!(after(form), None, "{form:02x?}");
+        }
+    }
+
+    #[test]
+    fn jumps_that_fault_are_left_to_the_step() {
+        let jump = |rax: u64, wide: bool| {
+            let before = General { gpr: [rax; 16], ..general(2) };
+            carry_out(&[0xff, 0xe0], &before, wide).map(|after| after.rip)
+        };
+        assert_eq!(jump(0x7fff_ffff_ffff, false), Some(0x7fff_ffff_ffff));
+        assert_eq!(jump(0x8000_0000_0000, false), None);
+        assert_eq!(jump(0x8000_0000_0000, true), Some(0x8000_0000_0000));
+        assert_eq!(jump(0x0100_0000_0000_0000, true), None);
+        let last = General { rip: 0x7fff_ffff_ffff, ..general(2) };
+        assert_eq!(carry_out(&[0x90], &last, false), None, "nothing comes behind it");
+    }
+
+    #[test]
+    fn a_jump_is_taken_as_the_flags_say() {
+        let to = |code: &[u8], rflags| carry_out(code, &general(rflags), false).unwrap().rip - AT;
+        assert_eq!([to(&[0x74, 0x10], 2), to(&[0x74, 0x10], 2 | ZF)], [2, 0x12]);
+        assert_eq!([to(&[0x7c, 0x10], 2 | SF | OF), to(&[0x7c, 0x10], 2 | SF)], [2, 0x12]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_digested(
+            code in prop::collection::vec(any::<u8>(), 0..16), gpr: [u64; 16], rip: u64, rflags: u64, wide: bool,
+        ) {
+            let before = General { gpr, rip, rflags };
+            if let Some(after) = carry_out(&code, &before, wide) {
+                // Nothing but the status flags, DF and RF can change.
+                prop_assert_eq!((after.rflags ^ before.rflags) & !(STATUS | DF | RF), 0);
+                prop_assert_eq!(after.rflags & RF, 0);
+            }
+        }
+    }
+}

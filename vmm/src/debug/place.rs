@@ -26,13 +26,15 @@ pub struct Offer {
     pub data_slots: bool,
     /// INT3 in guest code comes to us and not to the guest.
     pub patches: bool,
+    /// In ring 3, too.
+    pub user_patches: bool,
     /// A store to a read-only page exits with its data.
     pub pages: bool,
 }
 
 impl Offer {
     /// The debug registers and nothing else.
-    pub const SLOTS: Offer = Offer { data_slots: true, patches: false, pages: false };
+    pub const SLOTS: Offer = Offer { data_slots: true, patches: false, user_patches: false, pages: false };
 }
 
 /// A piece of a request's range that lies in one page.
@@ -51,6 +53,8 @@ pub struct Place {
     pub pieces: Vec<Piece>,
     /// What the first byte held. A patch puts it back.
     pub original: u8,
+    /// Ring 3 may use it.
+    pub user: bool,
 }
 
 /// One thing that a change of the set does.

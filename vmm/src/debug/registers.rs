@@ -126,16 +126,20 @@ impl Dr6 {
     /// The reset value, and the polarity mask: XOR with it turns a DR6 value into one whose set
     /// bits are all causes (law 25).
     pub const RESET: u64 = 0xffff_0ff0;
+    /// Bus lock detected; active-low.
+    pub const BLD: u64 = 1 << 11;
     /// Debug-register access detected.
     pub const BD: u64 = 1 << 13;
     /// Single step.
     pub const BS: u64 = 1 << 14;
     /// Task switch.
     pub const BT: u64 = 1 << 15;
+    /// A debug exception inside a transaction; active-low.
+    pub const RTM: u64 = 1 << 16;
 
     /// The causes, active-high: B0-B3, BLD (11), BD, BS, BT, RTM (16). Everything else is zero.
     pub const fn causes(self) -> u64 {
-        const CAUSES: u64 = 0b1111 | 1 << 11 | Dr6::BD | Dr6::BS | Dr6::BT | 1 << 16;
+        const CAUSES: u64 = 0b1111 | Dr6::BLD | Dr6::BD | Dr6::BS | Dr6::BT | Dr6::RTM;
         (self.0 ^ Dr6::RESET) & CAUSES
     }
 

@@ -207,11 +207,22 @@ impl SlotTable {
         changed.then(|| self.change_to(held))
     }
 
+    /// Takes note of what the guest has now where requests lie that no patch serves: that is what a
+    /// patch there would put back.
+    pub fn refresh(&mut self, original: impl Fn(u64) -> Option<u8>) {
+        for held in self.held.iter_mut().filter(|held| held.served != Some(Mechanism::Patch)) {
+            let Some(place) = &mut held.place else { continue };
+            let now = place.pieces.first().and_then(|piece| original(piece.gpa));
+            place.original = now.unwrap_or(place.original);
+        }
+    }
+
     /// Why nothing can serve `refused`.
     fn refusal(&self, refused: &Held) -> BreakpointError {
         let Held { owner, request, .. } = *refused;
         if request.on.is_watch() && !self.offer.data_slots && !by_pages(request, self.offer) {
-            let why = "this host's KVM accepts data watchpoints and never triggers them".to_owned();
+            let instead = if self.offer.pages { "; write watchpoints (gdb's watch) work" } else { "" };
+            let why = format!("this host's KVM accepts data watchpoints and never triggers them{instead}");
             return BreakpointError::Unsupported { request, why };
         }
         if self.wants_place(request) {
@@ -219,6 +230,11 @@ impl SlotTable {
                 Some(place) if place.original == INT3 && !request.on.is_watch() => BreakpointError::Invalid {
                     request,
                     why: "the guest has an INT3 of its own there, and the hardware slots are taken",
+                },
+                Some(place) if place.user && !request.on.is_watch() => BreakpointError::Unsupported {
+                    request,
+                    why: "this host's KVM gives an INT3 in ring 3 to the guest, and the hardware slots are taken"
+                        .to_owned(),
                 },
                 _ => BreakpointError::NotMapped { request },
             };
@@ -312,7 +328,7 @@ impl SlotTable {
     fn patches(&self) -> Vec<Patch> {
         let mut patches: BTreeMap<u64, Patch> = BTreeMap::new();
         for held in self.served_by(Mechanism::Patch) {
-            let Some(Place { pieces, original }) = &held.place else { continue };
+            let Some(Place { pieces, original, .. }) = &held.place else { continue };
             let Some(&Piece { gpa, .. }) = pieces.first() else { continue };
             let patch = patches.entry(gpa).or_insert_with(|| Patch { gpa, original: *original, owners: Vec::new() });
             patch.owners.push(held.behind());
@@ -338,6 +354,11 @@ fn by_patch(request: Breakpoint, offer: Offer) -> bool {
     request.on == Trigger::Execute && offer.patches
 }
 
+/// Whether an INT3 at this place would be ours, and come to us.
+fn can_patch(place: &Place, offer: Offer) -> bool {
+    place.original != INT3 && (offer.user_patches || !place.user)
+}
+
 /// Whether a write watchpoint may be served by read-only pages: loads do not exit.
 fn by_pages(request: Breakpoint, offer: Offer) -> bool {
     request.on == Trigger::Write && offer.pages
@@ -360,7 +381,7 @@ fn serve(held: &mut [Held], offer: Offer) -> Vec<Chunk> {
                 used.extend(missing);
                 Some(Mechanism::Slots)
             }
-            _ if by_patch(request, offer) && place.is_some_and(|place| place.original != INT3) => {
+            _ if by_patch(request, offer) && place.is_some_and(|place| can_patch(place, offer)) => {
                 Some(Mechanism::Patch)
             }
             _ if by_pages(request, offer) && place.is_some() => Some(Mechanism::Pages),
@@ -555,7 +576,7 @@ mod tests {
         assert_eq!(table.prepare_set(GDB, Breakpoint::exec(0x9000), None).unwrap().unwrap().images().len(), 1);
     }
 
-    const EVERYTHING: Offer = Offer { data_slots: true, patches: true, pages: true };
+    const EVERYTHING: Offer = Offer { data_slots: true, patches: true, user_patches: true, pages: true };
 
     /// A guest whose linear addresses are its physical ones, plus this.
     const LINEAR: u64 = 0xffff_8000_0000_0000;
@@ -568,7 +589,48 @@ mod tests {
             pieces.push(Piece { gpa: at, len: end - at });
             at = end;
         }
-        Some(Place { pieces, original })
+        Some(Place { pieces, original, user: false })
+    }
+
+    #[test]
+    fn l54_in_ring_3_a_patch_serves_only_where_its_int3_is_ours_there() {
+        for user_patches in [false, true] {
+            let mut table = SlotTable::new(Offer { user_patches, ..EVERYTHING });
+            for i in 0..4 {
+                set(&mut table, GDB, Breakpoint::exec(i)).unwrap();
+            }
+            let request = Breakpoint::exec(0x1000);
+            let place = mapped(0x1000, 1, 0x90).map(|place| Place { user: true, ..place });
+            let set = table.prepare(&[Change::Set { owner: GDB, request, handler: None, place }]);
+            match user_patches {
+                true => assert_eq!(last(&set.unwrap().unwrap()).patches().len(), 1),
+                false => assert!(matches!(set, Err(BreakpointError::Unsupported { .. }))),
+            }
+        }
+    }
+
+    #[test]
+    fn l56_a_patch_puts_back_what_was_there_when_it_came() {
+        let mut table = SlotTable::new(EVERYTHING);
+        let held = |gpa| match exec_at(gpa, 0x50) {
+            Change::Set { request, place, .. } => {
+                Change::Set { owner: Owner::harness(1), request, handler: None, place }
+            }
+            clear => clear,
+        };
+        for n in 0..4 {
+            table.commit(table.prepare(&[held(0x1000 + n)]).unwrap().unwrap());
+        }
+        // The guest changes its code where a slot serves; then the youngest loses its slot to gdb.
+        table.refresh(|_| Some(0x60));
+        let image = change(&mut table, &[exec_at(0x2000, 0x50)]).unwrap();
+        assert_eq!(
+            image.patches().iter().map(|patch| (patch.gpa, patch.original)).collect::<Vec<_>>(),
+            [(0x1003, 0x60)]
+        );
+        // What is under a patch is not looked at: it is an INT3.
+        table.refresh(|_| Some(0x70));
+        assert_eq!(table.patches()[0].original, 0x60);
     }
 
     fn change(table: &mut SlotTable, changes: &[Change]) -> Result<DebugImage, BreakpointError> {

@@ -122,6 +122,14 @@ pub enum Crash {
         /// The bytes at RIP, as KVM gave them (empty if it gave none).
         bytes: Vec<u8>,
     },
+    /// The guest stores to a page that is read-only for a watchpoint, in a way that KVM hands over to
+    /// nobody: an instruction that it cannot emulate, or the frame of an exception (law 66).
+    WatchedPage {
+        /// What KVM reported.
+        crash: Box<Crash>,
+        /// A watchpoint on that page.
+        request: Breakpoint,
+    },
     /// KVM_EXIT_INTERNAL_ERROR with another suberror.
     Internal {
         /// `kvm_run.internal.suberror`.
@@ -149,6 +157,14 @@ pub enum Crash {
     },
 }
 
+impl Crash {
+    /// Whether the guest can go on after this, once the watchpoint that caused it is gone: an instruction
+    /// that could not be emulated has changed nothing.
+    pub fn is_mendable(&self) -> bool {
+        matches!(self, Crash::WatchedPage { crash, .. } if matches!(**crash, Crash::EmulationFailure { .. }))
+    }
+}
+
 impl fmt::Display for Crash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -163,6 +179,11 @@ impl fmt::Display for Crash {
                 write!(f, "KVM cannot emulate the instruction at RIP, bytes")?;
                 bytes.iter().try_for_each(|b| write!(f, " {b:02x}"))
             }
+            Crash::WatchedPage { crash, request } => write!(
+                f,
+                "{crash}; it stores to a page that is read-only for the {request}, which KVM cannot hand over: \
+                 delete that watchpoint"
+            ),
             Crash::Internal { suberror } => write!(f, "KVM internal error, suberror {suberror}"),
             Crash::FailEntry { reason } => write!(f, "the processor refused the guest state, reason {reason:#x}"),
             Crash::UnknownExit { reason } => write!(f, "KVM exit {reason}, which this VMM does not know"),

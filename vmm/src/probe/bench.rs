@@ -394,10 +394,10 @@ impl Bench {
         const PRESENT_WRITABLE_USER: u64 = 7;
         for level in 0..3 {
             let table = PAGE_TABLES + level * PAGE_SIZE;
-            put(table, table + PAGE_SIZE | PRESENT_WRITABLE_USER)?;
+            put(table, (table + PAGE_SIZE) | PRESENT_WRITABLE_USER)?;
         }
         for page in 0..MIN_MEMORY / PAGE_SIZE {
-            put(PAGE_TABLES + 3 * PAGE_SIZE + 8 * page, page * PAGE_SIZE | PRESENT_WRITABLE_USER)?;
+            put(PAGE_TABLES + 3 * PAGE_SIZE + 8 * page, (page * PAGE_SIZE) | PRESENT_WRITABLE_USER)?;
         }
         Ok(())
     }

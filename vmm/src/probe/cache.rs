@@ -57,3 +57,142 @@ fn save_to(path: &Path, capabilities: &Capabilities) -> io::Result<()> {
     file.persist(path)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
+    use proptest::prelude::*;
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn recorded() -> Capabilities {
+        serde_json::from_str(include_str!("../../../tests/doctor/svm.json")).unwrap()
+    }
+
+    fn saved() -> (TempDir, PathBuf, Capabilities) {
+        let (folder, answers) = (TempDir::new().unwrap(), recorded());
+        let file = folder.path().join("not/yet/there.json");
+        save_to(&file, &answers).unwrap();
+        (folder, file, answers)
+    }
+
+    #[test]
+    fn what_was_saved_is_found() {
+        let (_folder, file, answers) = saved();
+        assert_eq!(load_from(&file, &answers.host), Some(answers));
+        let beside: Vec<_> = fs::read_dir(file.parent().unwrap()).unwrap().collect();
+        assert_eq!(beside.len(), 1, "{beside:?}");
+    }
+
+    #[test]
+    fn another_hosts_answers_are_none() {
+        let (_folder, file, answers) = saved();
+        let same = answers.host;
+        let mut parameters = same.parameters.clone();
+        parameters.insert("kvm_amd.npt".to_owned(), "0".to_owned());
+        for other in [
+            HostIdentity { kernel: "6.1.0 #2".to_owned(), ..same.clone() },
+            HostIdentity { module: "kvm_intel".to_owned(), ..same.clone() },
+            HostIdentity { cpu_vendor: String::new(), ..same.clone() },
+            HostIdentity { cpu_model: "1/2/3".to_owned(), ..same.clone() },
+            HostIdentity { cpu_name: String::new(), ..same.clone() },
+            HostIdentity { microcode: "0x1".to_owned(), ..same.clone() },
+            HostIdentity { parameters, ..same.clone() },
+        ] {
+            assert_eq!(load_from(&file, &other), None, "{other:?}");
+        }
+        assert!(load_from(&file, &same).is_some());
+    }
+
+    #[test]
+    fn an_older_or_newer_form_is_none() {
+        let (_folder, file, answers) = saved();
+        save_to(&file, &Capabilities { schema: SCHEMA + 1, ..answers.clone() }).unwrap();
+        assert_eq!(load_from(&file, &answers.host), None);
+        let text = serde_json::to_string(&answers).unwrap();
+        for (from, to) in [
+            ("\"x_cpl0\":\"fires\",", ""),
+            ("\"x_cpl0\":", "\"x_cpl9\":"),
+            ("\"x_cpl0\":\"fires\"", "\"x_cpl0\":\"sometimes\""),
+            ("\"x_cpl0\":\"fires\"", "\"x_cpl0\":\"fires\",\"y\":1"),
+        ] {
+            assert!(text.contains(from));
+            fs::write(&file, text.replacen(from, to, 1)).unwrap();
+            assert_eq!(load_from(&file, &answers.host), None, "{to}");
+        }
+        fs::write(&file, text).unwrap();
+        assert!(load_from(&file, &answers.host).is_some());
+    }
+
+    #[test]
+    fn what_is_no_file_is_none() {
+        let (folder, file, answers) = saved();
+        assert_eq!(load_from(folder.path(), &answers.host), None);
+        assert_eq!(load_from(&folder.path().join("nowhere"), &answers.host), None);
+        assert_eq!(load_from(Path::new("/dev/zero"), &answers.host), None);
+        // A file where a folder should be.
+        assert!(save_to(&file.join("below.json"), &answers).is_err());
+        // Far too large, and valid up to there.
+        let mut text = serde_json::to_string(&answers).unwrap();
+        text.push_str(&" ".repeat(MAX_FILE as usize));
+        text.push('x');
+        fs::write(&file, text).unwrap();
+        let _ = load_from(&file, &answers.host);
+    }
+
+    #[test]
+    fn the_folder_is_where_the_specification_puts_it() {
+        let os = |text: &str| Some(OsString::from(text));
+        assert_eq!(folder(os("/x"), os("/home/u")), Some("/x".into()));
+        assert_eq!(folder(None, os("/home/u")), Some("/home/u/.cache".into()));
+        for none in ["", "relative", "./x"] {
+            assert_eq!(folder(os(none), os("/home/u")), Some("/home/u/.cache".into()));
+            assert_eq!(folder(None, os(none)), None);
+        }
+        assert_eq!(folder(None, None), None);
+    }
+
+    #[test]
+    fn a_reader_never_sees_half_of_it() {
+        let (_folder, file, answers) = saved();
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let writers: Vec<_> =
+                (0..3).map(|_| scope.spawn(|| (0..50).for_each(|_| save_to(&file, &answers).unwrap()))).collect();
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    assert_eq!(load_from(&file, &answers.host).as_ref(), Some(&answers));
+                }
+            });
+            for writer in writers {
+                writer.join().unwrap();
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+    }
+
+    proptest! {
+        #[test]
+        fn a_damaged_file_is_no_error(at in any::<prop::sample::Index>(), bytes in prop::collection::vec(any::<u8>(), 0..8), cut: bool) {
+            let (_folder, file, answers) = saved();
+            let mut text = fs::read(&file).unwrap();
+            let at = at.index(text.len());
+            let end = if cut { text.len() } else { text.len().min(at + bytes.len()) };
+            text.splice(at..end, bytes);
+            fs::write(&file, text).unwrap();
+            if let Some(loaded) = load_from(&file, &answers.host) {
+                prop_assert_eq!((loaded.schema, loaded.host), (SCHEMA, answers.host));
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_no_error(bytes: Vec<u8>) {
+            let (_folder, file, answers) = saved();
+            fs::write(&file, bytes).unwrap();
+            prop_assert_eq!(load_from(&file, &answers.host), None);
+        }
+    }
+}

@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::HostIdentity;
+use crate::debug::Offer;
 
 /// Version of the form of [`Capabilities`].
 pub const SCHEMA: u32 = 1;
@@ -191,14 +192,20 @@ answers! {
         Advances,
         /// The handler's frame has the address of the INT3: RIP must be moved before.
         Stays,
+        /// The handler's frame has an address from an exit before: SVM takes the return address from there.
+        Elsewhere,
         /// There is no exception.
         Lost,
     }
 
     /// An exception given to the guest through KVM_SET_VCPU_EVENTS or KVM_GUESTDBG_INJECT_*.
     Inject {
-        /// The guest's handler runs.
+        /// The guest's handler runs, and its frame has the RIP that was set.
         Delivered,
+        /// The guest's handler runs, but its frame has the address of the next instruction.
+        DeliveredBehind,
+        /// The guest's handler runs, but its frame has an address from an exit before.
+        DeliveredElsewhere,
         /// The guest's handler runs, but DR6 is not what KVM_SET_DEBUGREGS had set.
         DeliveredWithOtherDr6,
         /// There is no exception.
@@ -356,6 +363,16 @@ impl Capabilities {
         self.seen.x_cpl0 == Slot::Fires || self.can_step()
     }
 
+    /// What breakpoints and watchpoints are served by here.
+    pub fn offer(&self) -> Offer {
+        Offer {
+            data_slots: self.can_watch_in_hardware(),
+            pages: self.can_watch_by_page(),
+            patches: self.can_patch(),
+            user_patches: self.can_patch_ring_3(),
+        }
+    }
+
     /// Whether data slots fire, for kernel code at least.
     pub fn can_watch_in_hardware(&self) -> bool {
         self.seen.w_data == Slot::Fires && self.seen.rw_data == Slot::Fires
@@ -369,6 +386,11 @@ impl Capabilities {
     /// Whether an INT3 that we put into kernel code comes back to us.
     pub fn can_patch(&self) -> bool {
         matches!(self.seen.int3_cpl0, Int3::DebugExit | Int3::InternalError)
+    }
+
+    /// Whether one that we put into code of ring 3 does.
+    pub fn can_patch_ring_3(&self) -> bool {
+        matches!(self.seen.int3_cpl3, Int3::DebugExit | Int3::InternalError)
     }
 
     /// Whether kernel code can be single-stepped.

@@ -8,6 +8,7 @@
 
 mod alarm;
 mod bench;
+mod broken;
 mod cache;
 mod capabilities;
 mod guests;
@@ -17,6 +18,7 @@ mod questions;
 use std::io;
 use std::sync::{Mutex, PoisonError};
 
+pub use broken::BrokenClaim;
 pub use capabilities::{
     BlockIrq, Capabilities, Claims, DrAccess, GuestDrValues, GuestSlots, GuestTrapFlag, HaltStep, Inject, InjectBp,
     Int3, Kick, MultiHit, OutRip, PushedFlags, ReadonlyWrite, RealModeSlots, ResumeFlag, SCHEMA, Seen, Slot,

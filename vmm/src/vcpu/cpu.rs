@@ -4,7 +4,8 @@
 use std::io;
 
 use super::{Activity, Registers};
-use crate::debug::{Crash, DebugExit, DebugImage, Dr7, General, SLOTS, StopReason};
+use crate::debug::{Crash, DebugExit, DebugImage, Dr7, General, GuestRegisters, Overlay, SLOTS, StopReason};
+use crate::memory::DeviceStore;
 
 /// Why guest code stopped running. Parsed once from `kvm_run`; everything after matches on this.
 #[derive(Debug)]
@@ -15,6 +16,14 @@ pub enum Exit {
     Again,
     /// A port or MMIO access, already served. It is complete only after another entry (law C4).
     Served(Option<StopReason>),
+    /// A store, or a part of one, into a page of RAM that is read-only for the guest. It is not done
+    /// yet, although RIP is behind it already; like [`Served`](Self::Served), it is complete only after another entry.
+    Store {
+        /// Guest-physical address of the first byte.
+        gpa: u64,
+        /// What is stored, at most eight bytes.
+        data: Vec<u8>,
+    },
     /// #DB or #BP.
     Debug(DebugExit),
     /// The guest cannot go on.
@@ -41,9 +50,39 @@ impl Arming {
     pub const OFF: Arming =
         Arming { addresses: [0; SLOTS], dr7: Dr7::NONE, step: false, block_irq: false, int3: false };
 
-    /// The whole image, for running on.
-    pub fn run(image: &DebugImage) -> Self {
-        Arming { addresses: image.addresses(), dr7: image.dr7(), int3: !image.patches().is_empty(), ..Arming::OFF }
+    /// These slots and the patches of the image, for running on.
+    pub fn run(image: &DebugImage, overlay: &Overlay) -> Self {
+        let int3 = !image.patches().is_empty();
+        Arming { addresses: overlay.addresses(), dr7: overlay.dr7(), int3, ..Arming::OFF }
+    }
+}
+
+/// What an instruction raises in the guest that executes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Raised {
+    /// An exception, with its error code if it has one.
+    Exception {
+        /// Its vector.
+        vector: u8,
+        /// Its error code.
+        error: Option<u32>,
+    },
+    /// INT n.
+    Interrupt {
+        /// Its vector.
+        vector: u8,
+    },
+}
+
+impl Raised {
+    /// An exception without an error code.
+    pub const fn exception(vector: u8) -> Self {
+        Raised::Exception { vector, error: None }
+    }
+
+    /// An exception with the error code 0.
+    pub const fn fault(vector: u8) -> Self {
+        Raised::Exception { vector, error: Some(0) }
     }
 }
 
@@ -115,11 +154,34 @@ pub trait Cpu {
     /// Guest-physical address of a linear one; `None` if it is not mapped.
     fn translate(&mut self, addr: u64) -> Option<u64>;
 
-    /// Bytes at a linear address; how many could be read.
+    /// Whether ring 3 may use what is at a linear address, as far as the page tables say.
+    fn is_users(&mut self, _addr: u64) -> bool {
+        false
+    }
+
+    /// RAM from a guest-physical address on, as it is; how many bytes could be read.
+    fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize;
+
+    /// Writes RAM from a guest-physical address on; whether all of it could be written.
+    fn write_physical(&mut self, gpa: u64, bytes: &[u8]) -> bool;
+
+    /// From now on [`read`](Self::read) does not show the patches of this image.
+    fn hide(&mut self, _patches_of: &DebugImage) {}
+
+    /// Bytes at a linear address, without patches (law 55); how many could be read.
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize;
 
     /// Writes to a linear address; whether all of it could be written.
     fn write(&mut self, addr: u64, bytes: &[u8]) -> bool;
+
+    /// Stores to a guest-physical address as an instruction would, and gives what was there in
+    /// `old`, which is as long; how many bytes were RAM.
+    fn exchange(&mut self, gpa: u64, new: &[u8], old: &mut [u8]) -> usize;
+
+    /// What devices have stored to watched pages, since this was last asked on any vCPU.
+    fn device_stores(&mut self) -> Vec<DeviceStore> {
+        Vec::new()
+    }
 
     /// Gives the guest its own #DB, with these DR6 causes added to its DR6 (laws 24, 25).
     fn reflect_db(&mut self, causes: u64) -> io::Result<()>;
@@ -127,8 +189,22 @@ pub trait Cpu {
     /// Gives the guest its own #BP for the INT3 at RIP (law 34).
     fn reflect_bp(&mut self) -> io::Result<()>;
 
-    /// The guest's own TF and DR7, which tell its traps from ours.
-    fn guest_debug_state(&mut self) -> io::Result<(bool, u64)>;
+    /// The guest's own DR0-3, DR6 and DR7 (law 30).
+    fn guest_registers(&mut self) -> io::Result<GuestRegisters>;
+
+    /// Writes them. The guest is the only one who sees the values.
+    fn set_guest_registers(&mut self, registers: &GuestRegisters) -> io::Result<()>;
+
+    /// Moves RIP by `len` and delivers at the next entry what the instruction there raises. The
+    /// caller arms again afterwards (law 7).
+    fn raise(&mut self, event: Raised, len: u64) -> io::Result<()>;
+
+    /// The instruction at RIP was carried out for the guest: what STI or MOV SS held back until
+    /// behind it is held back no longer.
+    fn end_shadow(&mut self) -> io::Result<()>;
+
+    /// Kicks itself every [`LOOK_INTERVAL`](crate::limits::LOOK_INTERVAL) from now on, or no more.
+    fn kick_itself(&mut self, often: bool) -> io::Result<()>;
 
     /// Where it stands, if an instruction may be carried out there for it.
     fn standing(&mut self) -> io::Result<Option<Standing>> {
@@ -145,8 +221,8 @@ pub trait Cpu {
         Ring3::Steps
     }
 
-    /// Sets or lifts the interrupt shadow (KVM_SET_VCPU_EVENTS).
-    fn cast_shadow(&mut self, _on: bool) -> io::Result<()> {
+    /// Puts the vCPU into an interrupt shadow, as MOV SS does.
+    fn cast_shadow(&mut self) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
 
@@ -156,7 +232,7 @@ pub trait Cpu {
     }
 
     /// Whether an interrupt or NMI is on its way into the guest already, which nothing holds back.
-    fn is_interrupted(&mut self) -> io::Result<bool> {
+    fn has_interrupt_on_its_way(&mut self) -> io::Result<bool> {
         Ok(false)
     }
 

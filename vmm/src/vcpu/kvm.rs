@@ -8,6 +8,7 @@ use std::io;
 use std::ptr;
 use std::slice;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
@@ -18,14 +19,16 @@ use kvm_bindings::{
     kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment, kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::VcpuFd;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::synced::SyncedFd;
 use super::xsave::{put_fpu, to_fpu};
-use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Registers, Ring3, Segment, Standing, kick};
-use crate::debug::{Crash, DebugExit, Dr6, General, StopReason};
+use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Raised, Registers, Ring3, Segment, Standing, kick};
+use crate::debug::{Crash, DebugExit, DebugImage, Dr6, GENERAL_DETECT, General, GuestRegisters, StopReason};
 use crate::devices::{Bus, DeviceEvent};
-use crate::paging::Paging;
+use crate::limits::LOOK_INTERVAL;
+use crate::memory::{DeviceStore, GuestRam};
+use crate::paging::{Paging, exchange_physical, read_physical, write_all_physical};
 use crate::probe::Step;
 
 const MSR_STAR: u32 = 0xc000_0081;
@@ -33,8 +36,6 @@ const MSR_LSTAR: u32 = 0xc000_0082;
 const MSR_FMASK: u32 = 0xc000_0084;
 const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
 
-/// RFLAGS.TF.
-const TF: u64 = 1 << 8;
 /// INT1, which raises #DB without any cause bit.
 const INT1: u8 = 0xf1;
 const EFER_LMA: u64 = 1 << 10;
@@ -49,14 +50,18 @@ pub type ArmHook = Arc<dyn Fn(&Arming) -> io::Result<()> + Send + Sync>;
 pub struct KvmCpu {
     fd: SyncedFd,
     bus: Arc<Bus>,
-    memory: GuestMemoryMmap,
+    ram: GuestRam,
     arm_hook: Option<ArmHook>,
+    /// Its patches are not shown.
+    hidden: DebugImage,
+    /// Its own timer, once it was needed.
+    timer: Option<kick::Timer>,
 }
 
 impl KvmCpu {
     /// Takes over a vCPU whose initial state is set.
-    pub fn new(fd: VcpuFd, bus: Arc<Bus>, memory: GuestMemoryMmap, arm_hook: Option<ArmHook>) -> Self {
-        Self { fd: SyncedFd::new(fd), bus, memory, arm_hook }
+    pub fn new(fd: VcpuFd, bus: Arc<Bus>, ram: GuestRam, arm_hook: Option<ArmHook>) -> Self {
+        Self { fd: SyncedFd::new(fd), bus, ram, arm_hook, hidden: DebugImage::default(), timer: None }
     }
 
     fn enter(&mut self) -> Exit {
@@ -103,6 +108,10 @@ impl KvmCpu {
                 let len = (mmio.len as usize).min(mmio.data.len());
                 let data = &mut mmio.data[..len];
                 if mmio.is_write != 0 {
+                    // RAM that is read-only for the guest: a page with watchpoints on it (law 66).
+                    if self.ram.mem().address_in_range(GuestAddress(mmio.phys_addr)) {
+                        return Exit::Store { gpa: mmio.phys_addr, data: data.to_vec() };
+                    }
                     served(bus.mmio_write(mmio.phys_addr, data))
                 } else {
                     bus.mmio_read(mmio.phys_addr, data);
@@ -265,7 +274,8 @@ impl Cpu for KvmCpu {
         self.fd.want(control != 0);
         let mut arch = kvm_guest_debug_arch::default();
         arch.debugreg[..4].copy_from_slice(&arming.addresses);
-        arch.debugreg[7] = arming.dr7.bits();
+        // Where it works, every access of the guest's to its own debug registers exits (law 31).
+        arch.debugreg[7] = arming.dr7.bits() | if has_slots { GENERAL_DETECT } else { 0 };
         Ok(self.fd.set_guest_debug(&kvm_guest_debug { control, arch, ..Default::default() })?)
     }
 
@@ -320,23 +330,45 @@ impl Cpu for KvmCpu {
         regs.rip = regs.rip.wrapping_add(1);
         self.fd.set_regs(&regs)?;
         // In the shadow of STI, as it usually is, no interrupt would ever wake it.
-        let mut events = self.fd.get_vcpu_events()?;
-        events.interrupt.shadow = 0;
-        events.flags |= KVM_VCPUEVENT_VALID_SHADOW;
-        self.fd.set_vcpu_events(&events)?;
+        self.end_shadow()?;
         Ok(self.fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_HALTED })?)
     }
 
     fn translate(&mut self, addr: u64) -> Option<u64> {
-        Some(self.paging().ok()?.translate(&self.memory, addr)?.gpa)
+        Some(self.paging().ok()?.translate(self.ram.mem(), addr)?.gpa)
+    }
+
+    fn is_users(&mut self, addr: u64) -> bool {
+        self.paging().is_ok_and(|paging| paging.translate(self.ram.mem(), addr).is_some_and(|mapping| mapping.user))
+    }
+
+    fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize {
+        read_physical(self.ram.mem(), gpa, into)
+    }
+
+    fn write_physical(&mut self, gpa: u64, bytes: &[u8]) -> bool {
+        write_all_physical(self.ram.mem(), gpa, bytes)
+    }
+
+    fn hide(&mut self, patches_of: &DebugImage) {
+        self.hidden = patches_of.clone();
     }
 
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize {
-        self.paging().map_or(0, |paging| paging.read(&self.memory, addr, into))
+        let Ok(paging) = self.paging() else { return 0 };
+        paging.read_shown(self.ram.mem(), addr, into, |gpa, bytes| self.hidden.hide_patches(gpa, bytes))
     }
 
     fn write(&mut self, addr: u64, bytes: &[u8]) -> bool {
-        self.paging().is_ok_and(|paging| paging.write(&self.memory, addr, bytes))
+        self.paging().is_ok_and(|paging| paging.write(self.ram.mem(), addr, bytes))
+    }
+
+    fn exchange(&mut self, gpa: u64, new: &[u8], old: &mut [u8]) -> usize {
+        exchange_physical(self.ram.mem(), gpa, new, old)
+    }
+
+    fn device_stores(&mut self) -> Vec<DeviceStore> {
+        self.ram.take_device_stores()
     }
 
     fn reflect_db(&mut self, causes: u64) -> io::Result<()> {
@@ -352,7 +384,11 @@ impl Cpu for KvmCpu {
         }
         let mut debug = self.fd.get_debug_regs()?;
         debug.dr6 = Dr6(debug.dr6).accumulate(causes).0;
+        // The processor clears GD when it delivers a #DB, so that the handler can do its work.
+        debug.dr7 &= !GENERAL_DETECT;
         self.fd.set_debug_regs(&debug)?;
+        // With TF set, a shadow left behind by STI or MOV SS fails the next entry on VT-x (B13).
+        self.end_shadow()?;
         // Without a payload: the guest sees the DR6 that was just set (law 25).
         self.inject(KVM_GUESTDBG_INJECT_DB)
     }
@@ -361,8 +397,53 @@ impl Cpu for KvmCpu {
         self.inject(KVM_GUESTDBG_INJECT_BP)
     }
 
-    fn guest_debug_state(&mut self) -> io::Result<(bool, u64)> {
-        Ok((self.fd.get_regs()?.rflags & TF != 0, self.fd.get_debug_regs()?.dr7))
+    fn guest_registers(&mut self) -> io::Result<GuestRegisters> {
+        let debug = self.fd.get_debug_regs()?;
+        Ok(GuestRegisters { db: debug.db, dr6: debug.dr6, dr7: debug.dr7 })
+    }
+
+    fn set_guest_registers(&mut self, registers: &GuestRegisters) -> io::Result<()> {
+        let mut debug = self.fd.get_debug_regs()?;
+        (debug.db, debug.dr6, debug.dr7) = (registers.db, registers.dr6, registers.dr7);
+        Ok(self.fd.set_debug_regs(&debug)?)
+    }
+
+    fn raise(&mut self, event: Raised, len: u64) -> io::Result<()> {
+        let mut regs = self.fd.get_regs()?;
+        regs.rip = regs.rip.wrapping_add(len);
+        self.fd.set_regs(&regs)?;
+        let mut events = self.fd.get_vcpu_events()?;
+        events.interrupt.shadow = 0;
+        events.flags |= KVM_VCPUEVENT_VALID_SHADOW;
+        match event {
+            Raised::Exception { vector, error } => {
+                (events.exception.injected, events.exception.pending) = (1, 0);
+                events.exception.nr = vector;
+                events.exception.has_error_code = error.is_some().into();
+                events.exception.error_code = error.unwrap_or(0);
+            }
+            Raised::Interrupt { vector } => {
+                (events.interrupt.injected, events.interrupt.soft, events.interrupt.nr) = (1, 1, vector);
+            }
+        }
+        Ok(self.fd.set_vcpu_events(&events)?)
+    }
+
+    fn end_shadow(&mut self) -> io::Result<()> {
+        let mut events = self.fd.get_vcpu_events()?;
+        if events.interrupt.shadow == 0 {
+            return Ok(());
+        }
+        events.interrupt.shadow = 0;
+        events.flags |= KVM_VCPUEVENT_VALID_SHADOW;
+        Ok(self.fd.set_vcpu_events(&events)?)
+    }
+
+    fn kick_itself(&mut self, often: bool) -> io::Result<()> {
+        if self.timer.is_none() && often {
+            self.timer = Some(kick::Timer::new()?);
+        }
+        self.timer.as_ref().map_or(Ok(()), |timer| timer.set(if often { LOOK_INTERVAL } else { Duration::ZERO }))
     }
 
     fn standing(&mut self) -> io::Result<Option<Standing>> {
@@ -379,7 +460,7 @@ impl Cpu for KvmCpu {
         let regs = self.fd.get_regs()?;
         let paging = Paging { cr0: sregs.cr0, cr3: sregs.cr3, cr4: sregs.cr4, efer: sregs.efer };
         let mut code = [0; MAX_INSTRUCTION];
-        let fetched = paging.fetch(&self.memory, regs.rip, sregs.ss.dpl == 3, &mut code);
+        let fetched = paging.fetch(self.ram.mem(), regs.rip, sregs.ss.dpl == 3, &mut code);
         Ok(Some(Standing { general: to_general(&regs), wide: paging.is_wide(), code, fetched }))
     }
 
@@ -397,9 +478,9 @@ impl Cpu for KvmCpu {
         })
     }
 
-    fn cast_shadow(&mut self, on: bool) -> io::Result<()> {
+    fn cast_shadow(&mut self) -> io::Result<()> {
         let mut events = self.fd.get_vcpu_events()?;
-        events.interrupt.shadow = on.into();
+        events.interrupt.shadow = 1;
         events.flags |= KVM_VCPUEVENT_VALID_SHADOW;
         Ok(self.fd.set_vcpu_events(&events)?)
     }
@@ -413,7 +494,7 @@ impl Cpu for KvmCpu {
         Ok(self.fd.set_vcpu_events(&events)?)
     }
 
-    fn is_interrupted(&mut self) -> io::Result<bool> {
+    fn has_interrupt_on_its_way(&mut self) -> io::Result<bool> {
         let events = self.fd.get_vcpu_events()?;
         Ok(events.interrupt.injected | events.nmi.injected != 0)
     }

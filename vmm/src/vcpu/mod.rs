@@ -5,17 +5,22 @@
 //! other, and `kvm` turns it all into ioctls.
 
 mod cpu;
+mod dr_access;
+mod guest_level;
 #[cfg_attr(feature = "shuttle", allow(dead_code))]
 pub mod kick;
 mod kvm;
 mod over;
 pub(crate) mod protocol;
+mod raised;
 mod registers;
 mod step;
+mod store;
 mod synced;
 pub(crate) mod thread;
+mod unserved;
 mod xsave;
 
-pub use cpu::{Arming, Cpu, Exit, Ring3, Standing};
+pub use cpu::{Arming, Cpu, Exit, Raised, Ring3, Standing};
 pub use kvm::{ArmHook, KvmCpu};
 pub use registers::{Activity, DescriptorTable, Fpu, Registers, Segment};

@@ -5,7 +5,7 @@
 //! channel, so that an event is always seen before the answer that was sent after it.
 
 use super::{Activity, Registers};
-use crate::debug::{DebugImage, Piece, RunMode, Stop, VcpuId};
+use crate::debug::{DebugImage, Notice, Piece, RunMode, Stop, VcpuId};
 use crate::sync::Arc;
 
 /// From the coordinator to one vCPU thread.
@@ -27,6 +27,8 @@ pub(crate) enum Request {
     Unpark,
     /// What was reported at the present pc was never told to anybody: report it again.
     Untell,
+    /// All other vCPUs are parked: step over the patch on which this one waits to be alone.
+    StepOver,
     ReadRegisters,
     WriteRegisters(Box<Registers>),
     ReadActivity,
@@ -41,6 +43,9 @@ pub(crate) enum Request {
 pub(crate) enum Message {
     Answer(Answer),
     Event(Event),
+    /// This vCPU has parked itself until it may step over a patch with all others parked.
+    WantsAlone(VcpuId),
+    Notice(Notice),
 }
 
 #[derive(Debug)]
@@ -56,7 +61,15 @@ pub(crate) enum Reply {
     Registers(Box<Registers>),
     Activity(Activity),
     /// For each range its pieces in guest-physical memory; `None` if not all of it is mapped.
-    Located(Vec<Option<Vec<Piece>>>),
+    Located(Vec<Option<Located>>),
+}
+
+/// Where a linear range is.
+#[derive(Debug, Clone)]
+pub(crate) struct Located {
+    pub(crate) pieces: Vec<Piece>,
+    /// Its first byte can be ring 3's.
+    pub(crate) user: bool,
 }
 
 /// A vCPU has parked itself for these stops of its own. Never empty.

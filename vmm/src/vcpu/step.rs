@@ -40,7 +40,7 @@ use self::effect::{Effect, Kind, decode};
 use self::gate::{Frame, Gates, with_tf};
 use super::over::hide_patches;
 use super::{Activity, Arming, Cpu, Registers, Ring3};
-use crate::debug::{DebugExit, DebugImage, Dr6, Dr7, SLOTS, SlotCondition, SlotLen};
+use crate::debug::{DebugExit, DebugImage, Dr6, GuestBreakpoint, Overlay, SLOTS, SlotCondition};
 
 /// RFLAGS.TF.
 const TF: u64 = 1 << 8;
@@ -152,6 +152,11 @@ pub(crate) struct Crossing {
 }
 
 impl Crossing {
+    /// That of a vCPU with these registers, which stands at `pc`.
+    pub(crate) fn at(pc: u64, registers: &Registers) -> Self {
+        Crossing { pc, rsp: registers.rsp, cr3: registers.cr3 }
+    }
+
     /// Whether a vCPU with these registers, at its address, is in the same context.
     pub(crate) fn is_of(&self, registers: &Registers) -> bool {
         (registers.rsp, registers.cr3) == (self.rsp, self.cr3)
@@ -165,7 +170,7 @@ impl Stepped {
         let registers = cpu.state()?;
         let effect = fetch(cpu, image, pc, &registers);
         let covered = (effect.kind == Kind::LoadSs).then(|| fetch(cpu, image, effect.behind, &registers));
-        let waits = event.is_none() && (cpu.activity()? == Activity::Halted || cpu.is_interrupted()?);
+        let waits = event.is_none() && (cpu.activity()? == Activity::Halted || cpu.has_interrupt_on_its_way()?);
         let phase = if waits { Phase::Waiting } else { Phase::Stepping };
         let context =
             Context { rsp: registers.rsp, cs: registers.cs.selector, cr3: registers.cr3, base: registers.cs.base };
@@ -276,44 +281,50 @@ impl Stepped {
     }
 
     fn land(&mut self, addr: u64, handler: bool) {
+        // Where it stands, a slot would stop it before the instruction: at the first one of a handler.
+        if addr == self.from && self.phase != Phase::Waiting {
+            return;
+        }
         if !self.landings.iter().any(|known| known.addr == addr) {
             self.landings.push(Landing { addr, handler });
         }
     }
 
-    /// Arms the step: in `arming`, which holds the image less its `suspended` slots.
-    pub(crate) fn place(&mut self, image: &DebugImage, suspended: u8, arming: &mut Arming) -> Placed {
+    /// Puts the step's own slots into `armed`, which holds what else is to be in force.
+    pub(crate) fn place(&mut self, image: &DebugImage, armed: &mut Overlay) -> Placed {
         let mut placed = Placed::NONE;
-        let is_free = |n: usize| image.slots()[n].is_none() && suspended & 1 << n == 0;
-        let can_lend = |n: usize| {
-            let uses_memory = self.effect.uses_memory || self.covered.is_some_and(|effect| effect.uses_memory);
-            image.slots()[n].as_ref().is_some_and(|slot| match slot.condition {
-                SlotCondition::Execute => slot.addr != self.from && !self.landings.iter().any(|l| l.addr == slot.addr),
-                SlotCondition::Write | SlotCondition::ReadWrite => !uses_memory,
-            })
+        let uses_memory = self.effect.uses_memory || self.covered.is_some_and(|effect| effect.uses_memory);
+        let can_lend = |held: GuestBreakpoint| match held.condition {
+            SlotCondition::Execute => held.addr != self.from && !self.landings.iter().any(|l| l.addr == held.addr),
+            SlotCondition::Write | SlotCondition::ReadWrite => !uses_memory,
         };
-        let mut slots: Vec<usize> = (0..SLOTS).filter(|&n| is_free(n)).collect();
+        let (suspended, free): (Vec<usize>, Vec<usize>) =
+            (0..SLOTS).filter(|&n| armed.is_free(n)).partition(|&n| image.slots()[n].is_some());
+        let mut slots = free;
         if self.phase == Phase::Stepping || self.phase == Phase::Raising {
-            slots.extend((0..SLOTS).filter(|&n| suspended & 1 << n != 0));
-            slots.extend((0..SLOTS).filter(|&n| suspended & 1 << n == 0 && can_lend(n)));
+            slots.extend(suspended);
+            slots.extend((0..SLOTS).filter(|&n| armed.holds(n).is_some_and(can_lend)));
         } else if slots.is_empty() {
             self.phase = Phase::WaitingUnwatched;
         }
-        let armed = |addr: u64, dr7: Dr7| image.exec_slots_at(addr).any(|(n, _)| dr7.is_enabled(n));
         let mut slots = slots.into_iter();
         for landing in &self.landings {
             // A breakpoint of somebody's there stops it as well.
-            if armed(landing.addr, arming.dr7) {
+            if image.exec_slots_at(landing.addr).any(|(n, _)| armed.is_ours(n)) {
                 continue;
             }
             let Some(n) = slots.next() else { break };
-            if let Some(dr7) = arming.dr7.enable(n, SlotCondition::Execute, SlotLen::One) {
-                (arming.addresses[n], arming.dr7, placed.at[n]) = (landing.addr, dr7, Some(*landing));
+            if armed.lend(n, landing.addr) {
+                placed.at[n] = Some(*landing);
             }
         }
+        placed
+    }
+
+    /// How it is entered.
+    pub(crate) fn put_into(&self, arming: &mut Arming) {
         arming.step = matches!(self.phase, Phase::Stepping | Phase::WaitingUnwatched);
         arming.block_irq = self.phase == Phase::Stepping;
-        placed
     }
 
     /// Whether it is entered freely, to be stopped by a slot.
@@ -373,7 +384,7 @@ impl Stepped {
     /// The step is given up, before the instruction was done: the guest's own TF is what it was.
     pub(crate) fn abandon<C: Cpu>(self, cpu: &mut C) -> Outcome {
         if self.in_shadow
-            && let Err(error) = cpu.cast_shadow(false)
+            && let Err(error) = cpu.end_shadow()
         {
             tracing::warn!(%error, pc = self.from, "an interrupt shadow is left over from a step");
         }
@@ -465,14 +476,6 @@ impl Placed {
         let hit = |n: usize| Dr6(exit.dr6).hit(n) && self.at[n].is_some_and(|landing| landing.addr == exit.pc);
         exit.exception == 1 && (0..SLOTS).any(hit)
     }
-}
-
-/// Whether the instruction before `pc` was POPF: a guest that steps itself and stops doing so with
-/// it gets the last of its own #DB behind it, when its TF is gone.
-pub(crate) fn is_behind_popf<C: Cpu>(cpu: &mut C, pc: u64) -> bool {
-    const POPF: u8 = 0x9d;
-    let mut byte = [0];
-    cpu.read(pc.wrapping_sub(1), &mut byte) == 1 && byte[0] == POPF
 }
 
 /// Carries out the IRETQ at RIP; whether that was done.

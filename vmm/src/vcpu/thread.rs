@@ -11,16 +11,21 @@
 //! The loop clears the kick *before* it looks at the inbox: a kick that arrives later makes the
 //! next entry return at once, so that no command waits for a guest exit (law C2).
 
+mod guest_events;
+mod patch;
+
 use std::io;
 
 use super::Registers;
 use super::cpu::{Arming, Cpu, Exit};
+use super::guest_level::GuestLevel;
 use super::over;
-use super::protocol::{Answer, Command, Event, Message, Reply, Request};
-use super::step::{Arrival, Begun, Crossing, DB, Outcome, Placed, Stepped, carry_out_iret, is_behind_popf};
+use super::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
+use super::step::{Arrival, Begun, Crossing, DB, Outcome, Placed, Stepped, carry_out_iret};
 use crate::debug::{
-    Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Expectation, GuestState, Hit, Level, Piece, RunMode, Slot,
-    SlotOwner, Stop, StopReason, Trigger, VcpuId, classify, is_ours_alone,
+    BP, Breakpoint, Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Dr7, Expectation, GuestState, Hit, INT3,
+    Level, Notice, Overlay, Owner, Piece, RunMode, Slot, SlotCondition, SlotOwner, Stop, StopReason, Stored, Trigger,
+    VcpuId, classify,
 };
 use crate::limits::PAGE_SIZE;
 use crate::sync::{Arc, mpsc};
@@ -37,18 +42,28 @@ enum State {
 }
 
 /// What one entry into the guest was armed for.
-struct Entry {
-    from: u64,
-    stepping: bool,
-    expect: Expectation,
+pub(super) struct Entry {
+    pub(super) from: u64,
+    pub(super) stepping: bool,
+    armed: Overlay,
     /// The step's own slots.
     placed: Placed,
 }
 
 impl Entry {
-    /// The image and nothing else.
-    const FREE: Entry =
-        Entry { from: 0, stepping: false, expect: Expectation { stepping: false, suspended: 0 }, placed: Placed::NONE };
+    /// This and nothing else.
+    fn free(armed: Overlay) -> Self {
+        Entry { from: 0, stepping: false, armed, placed: Placed::NONE }
+    }
+}
+
+/// A request that triggered.
+pub(super) struct Found {
+    pub(super) behind: SlotOwner,
+    /// The data address that matched.
+    pub(super) addr: u64,
+    /// What was stored, where that is seen.
+    pub(super) stored: Option<Stored>,
 }
 
 /// What comes of the wish to enter the guest.
@@ -83,7 +98,7 @@ impl<C: Cpu> GuestState for HitState<'_, C> {
 
 pub(crate) struct VcpuThread<C> {
     id: VcpuId,
-    cpu: C,
+    pub(super) cpu: C,
     inbox: mpsc::Receiver<Command>,
     outbox: mpsc::Sender<Message>,
     /// Wakes whoever waits for events elsewhere than in the channel.
@@ -91,20 +106,28 @@ pub(crate) struct VcpuThread<C> {
     state: State,
     /// The mode in which a Park found it. A stop of its own leaves nothing to go back to.
     parked_from: Option<RunMode>,
-    image: Arc<DebugImage>,
+    pub(super) image: Arc<DebugImage>,
     /// What KVM was last told; `None` when it must be told again.
     armed: Option<Arming>,
     /// What was told where the vCPU stands.
     told: Option<Told>,
     /// A served access has not been completed yet.
-    incomplete: bool,
+    pub(super) incomplete: bool,
     /// The instruction that is being stepped, from its first entry until it is done.
     stepped: Option<Stepped>,
     /// The guest steps itself, and is owed its #DB for the instruction before this pc (law 46).
     owes_trap_at: Option<u64>,
+    /// All other vCPUs are parked until it has stepped over a patch.
+    alone: bool,
     /// A crossing that was told and is not over: its instruction has faulted, or is a REP that was
     /// interrupted. The guest may be about to come back to it (law 42).
     unfinished: Option<Crossing>,
+    /// The guest's own debug registers.
+    guest: GuestLevel,
+    /// It kicks itself now and then, to look at them.
+    kicks_itself: bool,
+    /// It was logged that no slot is left for the guest.
+    said_lost: bool,
 }
 
 impl<C: Cpu> VcpuThread<C> {
@@ -129,7 +152,11 @@ impl<C: Cpu> VcpuThread<C> {
             incomplete: false,
             stepped: None,
             owes_trap_at: None,
+            alone: false,
             unfinished: None,
+            guest: GuestLevel::default(),
+            kicks_itself: false,
+            said_lost: false,
         }
     }
 
@@ -162,6 +189,7 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     fn obey(&mut self, command: Command) {
+        let late = matches!(command.request, Request::StepOver);
         let result = match command.request {
             Request::Install(image) => self.install(image).map(|()| Reply::Done),
             Request::Park => {
@@ -171,6 +199,8 @@ impl<C: Cpu> VcpuThread<C> {
                 self.park().map(|()| Reply::Done)
             }
             Request::Resume(mode) => {
+                // One that is to stay parked now does not go on at the next Unpark either.
+                self.parked_from = None;
                 self.resume(mode);
                 Ok(Reply::Done)
             }
@@ -184,22 +214,35 @@ impl<C: Cpu> VcpuThread<C> {
                 self.told = None;
                 Ok(Reply::Done)
             }
+            Request::StepOver => {
+                self.step_over();
+                Ok(Reply::Done)
+            }
             Request::ReadRegisters => self.cpu.registers().map(|r| Reply::Registers(Box::new(r))),
             Request::WriteRegisters(registers) => {
                 // Writing registers drops what KVM latched for the step (law 7).
                 self.armed = None;
-                self.cpu.set_registers(&registers).map(|()| Reply::Done)
+                let written = self.cpu.set_registers(&registers);
+                self.look();
+                written.map(|()| Reply::Done)
             }
             Request::ReadActivity => self.cpu.activity().map(Reply::Activity),
             Request::Locate(ranges) => Ok(Reply::Located(ranges.iter().map(|&range| self.locate(range)).collect())),
-            Request::Quit => self.cpu.arm(&Arming::OFF).map(|()| Reply::Done),
+            Request::Quit => {
+                let quiet = self.cpu.kick_itself(false);
+                self.cpu.arm(&Arming::OFF).and(quiet).map(|()| Reply::Done)
+            }
         };
         let result = result.map_err(|error| error.to_string());
         self.send(Message::Answer(Answer { vcpu: self.id, seq: command.seq, result }));
+        if late {
+            // All others wait for this one; if the coordinator has given up on it, it must look again.
+            (self.notify)();
+        }
     }
 
     /// The pieces of a linear range in guest-physical memory, page by page.
-    fn locate(&mut self, (addr, len): (u64, u64)) -> Option<Vec<Piece>> {
+    fn locate(&mut self, (addr, len): (u64, u64)) -> Option<Located> {
         let mut pieces = Vec::new();
         let mut done = 0;
         while done < len {
@@ -208,7 +251,7 @@ impl<C: Cpu> VcpuThread<C> {
             pieces.push(Piece { gpa: self.cpu.translate(at)?, len: piece });
             done += piece;
         }
-        Some(pieces)
+        Some(Located { pieces, user: self.cpu.is_users(addr) })
     }
 
     /// The coordinator may be gone already; then nobody wants to hear.
@@ -217,12 +260,30 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     fn install(&mut self, image: Arc<DebugImage>) -> io::Result<()> {
-        let arming = Arming::run(&image);
+        // With nothing armed the guest's registers were nobody's business.
+        self.guest.look(&mut self.cpu)?;
+        let overlay = self.guest.overlay(&image);
+        let arming = Arming::run(&image, &overlay);
         // On failure KVM has kept what it had, and so does this thread.
         self.cpu.arm(&arming)?;
         self.armed = Some(arming);
+        self.cpu.hide(&image);
         self.image = image;
+        self.tell_lost(&overlay);
+        self.kick_itself_if_needed();
         Ok(())
+    }
+
+    /// What is armed for running on: the image, and the guest's own beside it.
+    fn overlay(&self) -> Overlay {
+        self.guest.overlay(&self.image)
+    }
+
+    /// Arms that and nothing else.
+    fn arm_to_run(&mut self) -> io::Result<Overlay> {
+        let overlay = self.overlay();
+        self.arm(Arming::run(&self.image, &overlay))?;
+        Ok(overlay)
     }
 
     fn resume(&mut self, mode: RunMode) {
@@ -230,6 +291,7 @@ impl<C: Cpu> VcpuThread<C> {
             self.cpu.resumed();
             self.parked_from = None;
             self.state = State::Running(mode);
+            self.kick_itself_if_needed();
         }
     }
 
@@ -237,7 +299,8 @@ impl<C: Cpu> VcpuThread<C> {
     fn park(&mut self) -> io::Result<()> {
         self.settle();
         self.state = State::Parked;
-        self.arm(Arming::run(&self.image))?;
+        self.kick_itself_if_needed();
+        self.arm_to_run()?;
         match self.stepped.take() {
             Some(stepped) => {
                 let outcome = stepped.abandon(&mut self.cpu);
@@ -252,7 +315,7 @@ impl<C: Cpu> VcpuThread<C> {
         if !outcome.tf {
             return Ok(());
         }
-        self.arm(Arming::run(&self.image))?;
+        self.arm_to_run()?;
         let mut registers = self.cpu.state()?;
         registers.rflags |= TF;
         self.cpu.set_general(&registers)
@@ -261,9 +324,10 @@ impl<C: Cpu> VcpuThread<C> {
     /// Completes a served access. What surfaces meanwhile is an event of its own.
     fn settle(&mut self) {
         while std::mem::take(&mut self.incomplete) {
+            let entry = Entry::free(self.overlay());
             match self.cpu.complete() {
                 Exit::Kicked => {}
-                exit => self.handle(exit, &Entry::FREE, RunMode::Continue),
+                exit => self.handle(exit, &entry, RunMode::Continue),
             }
         }
     }
@@ -280,8 +344,12 @@ impl<C: Cpu> VcpuThread<C> {
 
     /// One entry into the guest.
     fn run_once(&mut self, mode: RunMode) {
+        self.let_the_guests_own_come_first();
         if self.is_over_in_place(mode) {
             return;
+        }
+        if self.stands_on_told_patch() {
+            return self.want_alone(mode);
         }
         let entry = match self.prepare(mode) {
             Ok(Ready::Enter(entry)) => entry,
@@ -307,9 +375,7 @@ impl<C: Cpu> VcpuThread<C> {
         let on = self.told.filter(|told| told.crossing && mode == RunMode::Continue && self.stepped.is_none());
         // What is not armed as for running on may hide the guest's TF.
         let over = match on {
-            Some(told) => {
-                self.arm(Arming::run(&self.image)).and_then(|()| over::in_place(&mut self.cpu, &self.image, told.pc))
-            }
+            Some(told) => self.arm_to_run().and_then(|_| over::in_place(&mut self.cpu, &self.image, told.pc)),
             None => return false,
         };
         // The step that is tried next tells what went wrong.
@@ -324,22 +390,21 @@ impl<C: Cpu> VcpuThread<C> {
     /// stands on and was stopped at, and single-step if that is wanted or needed.
     fn prepare(&mut self, mode: RunMode) -> io::Result<Ready> {
         let wants_step = mode != RunMode::Continue;
-        if !wants_step && self.told.is_none() && self.owes_trap_at.is_none() {
-            self.arm(Arming::run(&self.image))?;
-            return Ok(Ready::Enter(Entry::FREE));
+        if !wants_step && self.told.is_none() && self.owes_trap_at.is_none() && !self.guest.is_owed() {
+            let armed = self.arm_to_run()?;
+            self.tell_lost(&armed);
+            return Ok(Ready::Enter(Entry::free(armed)));
         }
+        let event = self.pay_guest()?.then_some(DB);
         let from = self.cpu.pc()?;
-        let event = self.pay_trap(from).then_some(DB);
         let told = self.told.filter(|told| told.pc == from && event.is_none());
         let suspended = told.map_or(0, |told| self.heard(from, told.crossing));
-        let stepping = wants_step || suspended != 0 || told.is_some_and(|told| told.crossing);
+        let crossing = told.is_some_and(|told| told.crossing);
+        let stepping = wants_step || suspended != 0 || crossing;
         // Once it runs freely it may come back here, and that is news.
         self.told = told.filter(|_| stepping);
-        let mut arming = Arming::run(&self.image);
-        arming.dr7 = self.image.dr7_without(suspended);
         if !stepping {
-            self.arm(arming)?;
-            return Ok(Ready::Enter(Entry { from, ..Entry::FREE }));
+            return Ok(Ready::Enter(Entry { from, ..Entry::free(self.arm_to_run()?) }));
         }
         let begun = match self.stepped.take() {
             Some(stepped) => Begun::Step(stepped),
@@ -351,30 +416,22 @@ impl<C: Cpu> VcpuThread<C> {
             Begun::Refused(_) => {
                 // It was to get off a breakpoint, where this host's KVM heeds none anyway.
                 self.told = None;
-                self.arm(Arming::run(&self.image))?;
-                return Ok(Ready::Enter(Entry::FREE));
+                return Ok(Ready::Enter(Entry::free(self.arm_to_run()?)));
             }
         };
-        let placed = stepped.place(&self.image, suspended, &mut arming);
+        // What the guest itself has here has had its turn: it comes before the crossing is over.
+        let mut armed = self.guest.overlay_for_step(&self.image, suspended, crossing.then_some(from));
+        let placed = stepped.place(&self.image, &mut armed);
+        let armed = armed.or_off();
+        let mut arming = Arming::run(&self.image, &armed);
+        stepped.put_into(&mut arming);
         let in_shadow = stepped.needs_shadow();
         self.stepped = Some(stepped);
         self.arm(arming)?;
         if in_shadow {
-            self.cpu.cast_shadow(true)?;
+            self.cpu.cast_shadow()?;
         }
-        let expect = Expectation { stepping: arming.step, suspended };
-        Ok(Ready::Enter(Entry { from, stepping: arming.step, expect, placed }))
-    }
-
-    /// Gives the guest the #DB that it owes itself for the instruction before `pc`, now that the
-    /// debugger lets it go on; whether it did.
-    fn pay_trap(&mut self, pc: u64) -> bool {
-        let pays = self.stepped.is_none() && self.owes_trap_at == Some(pc);
-        if pays {
-            self.owes_trap_at = None;
-            self.reflect(|cpu| cpu.reflect_db(Dr6::BS));
-        }
-        pays
+        Ok(Ready::Enter(Entry { from, stepping: arming.step, armed, placed }))
     }
 
     /// The execution slots at `pc` that have had their say, one bit each: all of them after a hit,
@@ -386,24 +443,25 @@ impl<C: Cpu> VcpuThread<C> {
         heard.fold(0, |bits, (n, _)| bits | 1 << n)
     }
 
-    /// Carries out what no KVM steps as it should, unless an armed slot stops at it first; whether
-    /// it was.
+    /// Carries out what no KVM steps as it should, unless an armed slot or a patch stops at it
+    /// first; whether it was.
     fn is_stepped_in_place(&mut self, entry: &Entry) -> io::Result<bool> {
-        let armed = |(n, _): (usize, _)| entry.expect.suspended & 1 << n == 0;
         let Some(stepped) = self.stepped.as_ref().filter(|_| entry.stepping) else { return Ok(false) };
-        if self.image.exec_slots_at(entry.from).any(armed) {
+        let (halts, returns) = (stepped.halts(), stepped.returns());
+        if !(halts || returns) || entry.armed.stops_at(entry.from) || self.patch_under(entry.from).is_some() {
             return Ok(false);
         }
-        if stepped.halts() {
-            return self.cpu.halt().map(|()| true);
-        }
-        if stepped.returns() {
-            return carry_out_iret(&mut self.cpu);
-        }
-        Ok(false)
+        if halts { self.cpu.halt().map(|()| true) } else { carry_out_iret(&mut self.cpu) }
     }
 
     fn handle(&mut self, mut exit: Exit, entry: &Entry, mode: RunMode) {
+        self.look_after(&exit, entry);
+        if matches!(exit, Exit::Served(_)) {
+            let stores = self.cpu.device_stores();
+            if !stores.is_empty() {
+                return self.stored(exit, stores, entry, mode);
+            }
+        }
         // A port or MMIO access that is stepped is completed at once: on some paths KVM reports no
         // #DB for it (law 50). It may consist of several exits.
         while entry.stepping && matches!(exit, Exit::Served(None)) {
@@ -424,30 +482,54 @@ impl<C: Cpu> VcpuThread<C> {
                 self.settle();
                 self.stop(reason);
             }
-            Exit::Debug(exit) => self.trapped(exit, entry, mode),
-            Exit::Crash(crash) => self.stop(StopReason::Crash(crash)),
+            Exit::Store { .. } => self.stored(exit, Vec::new(), entry, mode),
+            Exit::Debug(exit) if exit.exception == BP && self.ran_into_patch(exit.pc, mode) => {}
+            Exit::Debug(exit) => self.trapped(exit, Vec::new(), entry, mode),
+            // A KVM that interprets ring 0 does not know INT3 (law 54).
+            Exit::Crash(Crash::EmulationFailure { bytes })
+                if bytes.first() == Some(&INT3) && self.cpu.pc().is_ok_and(|pc| self.ran_into_patch(pc, mode)) => {}
+            Exit::Crash(Crash::EmulationFailure { bytes }) if self.raises(&bytes, mode) => {}
+            Exit::Crash(crash) => {
+                let crash = self.explain(crash);
+                self.stop(StopReason::Crash(crash));
+            }
         }
     }
 
-    fn trapped(&mut self, exit: DebugExit, entry: &Entry, mode: RunMode) {
+    /// #DB or #BP, after a store of the same instruction that these requests watch.
+    pub(super) fn trapped(&mut self, exit: DebugExit, stores: Vec<Found>, entry: &Entry, mode: RunMode) {
         let stopped_by_step = entry.placed.stopped(&exit);
         if stopped_by_step && self.stepped.as_ref().is_some_and(Stepped::waits) {
             // It is awake, and what woke it has been handled: now for the step itself.
             self.stepped = None;
             return;
         }
-        let Causes { step, hits, guest_db, guest_bp } = self.causes(exit, entry, stopped_by_step);
+        let Causes { step, hits, guest_db, guest_bp, access, pass, wanted, idle } =
+            self.causes(exit, entry, stopped_by_step);
+        self.guest.heard(wanted, idle);
+        if access {
+            return self.access(exit.pc, entry, mode);
+        }
         if let Some(causes) = guest_db {
-            self.reflect(|cpu| cpu.reflect_db(causes));
+            self.guest.owe(causes);
+            if !step {
+                self.is_interrupted(exit.pc);
+            }
         }
         if guest_bp {
             self.reflect(|cpu| cpu.reflect_bp());
         }
-        if !hits.is_empty() && self.is_back(&exit) {
+        if pass {
+            // The instruction is stepped over, as is one whose crossing was told.
+            self.told = Some(Told { pc: exit.pc, crossing: true });
+        }
+        if !hits.is_empty() && self.is_back(exit.pc) {
             // The crossing that was told goes on; its slot is suspended again, and it is stepped.
             self.told = Some(Told { pc: exit.pc, crossing: true });
             return;
         }
+        let hits = hits.into_iter().map(|(behind, addr)| Found { behind, addr, stored: None });
+        let hits: Vec<Found> = stores.into_iter().chain(hits).collect();
         let hit_in_step = entry.stepping && !hits.is_empty();
         let arrival = match &self.stepped {
             Some(stepped) if step || stopped_by_step || hit_in_step => stepped.arrival(exit.pc, step),
@@ -461,7 +543,8 @@ impl<C: Cpu> VcpuThread<C> {
             }
             // Who steps over a breakpoint steps over all iterations: they are one crossing.
             if stepped.goes_on_at(exit.pc) && mode == RunMode::Continue {
-                if stepped.iterated()
+                if !self.alone
+                    && stepped.iterated()
                     && let Err(error) = self.breathe(exit.pc)
                 {
                     tracing::warn!(vcpu = self.id.0, %error, "a REP could not be interrupted");
@@ -470,32 +553,37 @@ impl<C: Cpu> VcpuThread<C> {
             }
             return self.step_done(arrival, mode);
         }
+        self.triggered(hits, arrival, exit.pc, mode);
+    }
+
+    /// Asks the handlers of what triggered, and stops for the rest. `arrival`: the step is over, too.
+    pub(super) fn triggered(&mut self, hits: Vec<Found>, arrival: Option<Arrival>, pc: u64, mode: RunMode) {
         // A watchpoint says nothing about the instruction behind the access (law 22), and does not
         // end a crossing either while a REP goes on.
-        let crossing = hits.iter().any(|(behind, _)| behind.request.on == Trigger::Execute);
-        let gdb_knows = self.told.is_some_and(|told| told.pc == exit.pc);
+        let crossing = hits.iter().any(|hit| hit.behind.request.on == Trigger::Execute);
+        let gdb_knows = self.told.is_some_and(|told| told.pc == pc);
         let crossed = self.told.is_some_and(|told| told.crossing);
-        let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(exit.pc));
+        let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(pc));
         if crossing || !goes_on {
-            self.told = crossing.then_some(Told { pc: exit.pc, crossing });
+            self.told = crossing.then_some(Told { pc, crossing });
         }
         if let Some(arrival) = arrival {
             // The instruction is done too; the hit is the reason that is told.
-            self.end_step(arrival, exit.pc, crossed);
+            self.end_step(arrival, pc, crossed);
         }
         let mut stops: Vec<Stop> = Vec::new();
-        for (behind, addr) in hits {
-            let SlotOwner { owner, request, .. } = behind;
+        for hit in hits {
+            let SlotOwner { owner, request, .. } = hit.behind;
             // Whoever was stopped here by a step has seen this crossing; the others have not.
             if gdb_knows && owner.level == Level::Gdb && request.on == Trigger::Execute {
                 continue;
             }
-            if self.ask_handler(&behind, exit.pc) == Disposition::Continue {
+            if self.ask_handler(&hit, pc) == Disposition::Continue {
                 continue;
             }
             let reason = match request.on {
                 Trigger::Execute => StopReason::Breakpoint(request),
-                _ => StopReason::Watchpoint { request, addr, stored: None },
+                _ => StopReason::Watchpoint { request, addr: hit.addr, stored: hit.stored },
             };
             stops.push(Stop { vcpu: self.id, reason, owner: Some(owner) });
         }
@@ -514,18 +602,14 @@ impl<C: Cpu> VcpuThread<C> {
             return Causes::default();
         }
         let exit = DebugExit { dr6, ..exit };
-        // Asked only where it matters: it costs an ioctl.
-        let (guest_tf, guest_dr7) = match is_ours_alone(exit, &self.image, entry.expect) {
-            true => (false, 0),
-            false => self.cpu.guest_debug_state().unwrap_or((false, 0)),
-        };
-        let guest_tf = guest_tf || !entry.stepping && Dr6(dr6).single_step() && is_behind_popf(&mut self.cpu, exit.pc);
-        classify(exit, &self.image, entry.expect, guest_tf, guest_dr7)
+        let expect = Expectation { stepping: entry.stepping, arrived: stopped_by_step };
+        let mut view = self.guest.view(&mut self.cpu, exit.pc);
+        classify(exit, &self.image, &entry.armed, expect, &mut view)
     }
 
     /// Whether the vCPU has come back to an instruction that was told of and has faulted.
-    fn is_back(&mut self, exit: &DebugExit) -> bool {
-        let Some(crossing) = self.unfinished.filter(|crossing| crossing.pc == exit.pc) else { return false };
+    fn is_back(&mut self, pc: u64) -> bool {
+        let Some(crossing) = self.unfinished.filter(|crossing| crossing.pc == pc) else { return false };
         let Ok(registers) = self.cpu.state() else { return false };
         if !crossing.is_of(&registers) {
             return false;
@@ -542,7 +626,7 @@ impl<C: Cpu> VcpuThread<C> {
         self.told = None;
         self.unfinished = Some(stepped.crossing());
         self.finish(stepped, Arrival::Done, pc);
-        self.arm(Arming::run(&self.image))?;
+        self.arm_to_run()?;
         let mut registers = self.cpu.state()?;
         registers.rflags |= RF;
         self.armed = None;
@@ -550,17 +634,11 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// What the owner's handler says about a hit; without one, a hit is a stop.
-    fn ask_handler(&mut self, behind: &SlotOwner, pc: u64) -> Disposition {
-        let Some(handler) = &behind.handler else { return Disposition::Stop };
-        let (owner, request, vcpu) = (behind.owner, behind.request, self.id);
-        handler.call(&mut Hit { owner, request, vcpu, pc, state: &mut HitState(&mut self.cpu) })
-    }
-
-    fn reflect(&mut self, inject: impl FnOnce(&mut C) -> io::Result<()>) {
-        self.armed = None;
-        if let Err(error) = inject(&mut self.cpu) {
-            tracing::warn!(vcpu = self.id.0, %error, "the guest's own debug exception could not be delivered");
-        }
+    fn ask_handler(&mut self, hit: &Found, pc: u64) -> Disposition {
+        let Some(handler) = &hit.behind.handler else { return Disposition::Stop };
+        let (owner, request, vcpu) = (hit.behind.owner, hit.behind.request, self.id);
+        let (stored, state) = (hit.stored.as_ref(), &mut HitState(&mut self.cpu));
+        handler.call(&mut Hit { owner, request, vcpu, pc, stored, state })
     }
 
     /// The step is over, at `pc`; `crossing`: that of a breakpoint that was told.
@@ -583,7 +661,7 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// The stepped instruction is over: tell, or go on if it was only to get off a breakpoint.
-    fn step_done(&mut self, arrival: Arrival, mode: RunMode) {
+    pub(super) fn step_done(&mut self, arrival: Arrival, mode: RunMode) {
         let crossing = self.told.is_some_and(|told| told.crossing);
         match self.cpu.pc() {
             Ok(pc) => self.end_step(arrival, pc, crossing),
@@ -607,7 +685,7 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// Parks for a reason that is no breakpoint's.
-    fn stop(&mut self, reason: StopReason) {
+    pub(super) fn stop(&mut self, reason: StopReason) {
         self.stop_for(vec![Stop::new(self.id, reason)]);
     }
 

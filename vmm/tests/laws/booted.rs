@@ -100,12 +100,14 @@ impl Booted {
     /// All go on; nothing may be pending.
     pub(crate) fn go(&mut self) {
         let plan = self.plan(RunMode::Continue);
-        assert_eq!(self.vm.resume(&plan).unwrap(), None);
+        let pending = self.vm.resume(&plan);
+        assert_eq!(self.must(pending), None);
     }
 
     /// Goes on as `plan` says, until a stop.
     pub(crate) fn run(&mut self, plan: &ResumePlan) -> Stop {
-        match self.vm.resume(plan).unwrap() {
+        let pending = self.vm.resume(plan);
+        match self.must(pending) {
             Some(pending) => pending,
             None => self.wait(),
         }
@@ -118,12 +120,20 @@ impl Booted {
     }
 
     pub(crate) fn wait(&mut self) -> Stop {
-        self.wait_for("a stop", |booted| booted.vm.poll().unwrap())
+        self.wait_for("a stop", |booted| {
+            let stop = booted.vm.poll();
+            booted.must(stop)
+        })
     }
 
     /// Waits for something of the guest; if it was in vain, the failure says how all stands.
     pub(crate) fn wait_for<T>(&mut self, what: &str, look: impl FnMut(&mut Self) -> Option<T>) -> T {
         wait_with(self, what, look, Self::inquest)
+    }
+
+    /// What must have worked; if it has not, the failure says how all stands.
+    pub(crate) fn must<T, E: std::fmt::Display>(&mut self, result: Result<T, E>) -> T {
+        result.unwrap_or_else(|error| panic!("{error}; {}", self.inquest()))
     }
 
     /// How all stands, for a failure: the threads, what the vCPUs did and where they are, the
@@ -158,15 +168,18 @@ impl Booted {
     }
 
     pub(crate) fn set(&mut self, breakpoint: Breakpoint) {
-        self.vm.set_breakpoint(Owner::GDB, breakpoint).unwrap();
+        let set = self.vm.set_breakpoint(Owner::GDB, breakpoint);
+        self.must(set);
     }
 
     pub(crate) fn clear(&mut self, breakpoint: Breakpoint) {
-        self.vm.clear_breakpoint(Owner::GDB, breakpoint).unwrap();
+        let cleared = self.vm.clear_breakpoint(Owner::GDB, breakpoint);
+        self.must(cleared);
     }
 
     pub(crate) fn registers(&mut self, cpu: u32) -> Registers {
-        self.vm.registers(VcpuId(cpu)).unwrap()
+        let registers = self.vm.registers(VcpuId(cpu));
+        self.must(registers)
     }
 
     /// A u64 in guest memory; readable while the guest runs.

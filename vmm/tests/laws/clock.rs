@@ -6,7 +6,11 @@ use std::time::{Duration, Instant};
 use crate::inquest::threads;
 
 /// Long enough for a loaded machine that emulates another one.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
+
+/// Most of the time between two looks that counts as waiting: a machine that stood still meanwhile
+/// has not let the guest run either.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Looks again and again until `look` finds something.
 pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
@@ -20,13 +24,15 @@ pub(crate) fn wait_with<W, T>(
     mut look: impl FnMut(&mut W) -> Option<T>,
     tell: impl FnOnce(&mut W) -> String,
 ) -> T {
-    let started = Instant::now();
+    let mut waited = Duration::ZERO;
     loop {
+        let looked = Instant::now();
         if let Some(found) = look(world) {
             return found;
         }
-        assert!(started.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain for {what}; {}", tell(world));
+        assert!(waited < PATIENCE, "waited {waited:?} in vain for {what}; {}", tell(world));
         std::thread::sleep(Duration::from_micros(200));
+        waited += looked.elapsed().min(LOOK);
     }
 }
 

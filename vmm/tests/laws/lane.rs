@@ -1,15 +1,13 @@
-//! What this host's KVM can do, as far as the law tests depend on it: found out by trying.
+//! What this host's KVM can do, as far as the law tests depend on it: the product's own probe says
+//! so, and the kind of a skipped trial names the probe's field.
 //!
-//! Two things cannot be tried, because where they fail they take the machine along: those are known
-//! by the name of the lane (`TRAPLINE_LANE`, set by the scripts in tests/lanes).
+//! What belongs to the emulator under a lane and not to its KVM is known by the name of the lane
+//! (`TRAPLINE_LANE`, set by the scripts in tests/lanes).
 
 use std::path::Path;
 use std::sync::OnceLock;
 
-use trapline_guests::fixture;
-use trapline_vmm::debug::{Breakpoint, RunMode, StopReason, Trigger};
-
-use crate::rig::{Begin, Rig, at};
+use trapline_vmm::probe::{self, Capabilities, MultiHit, RealModeSlots, Seen, Slot, Step};
 
 /// What a trial needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,12 +20,18 @@ pub(crate) enum Need {
     ExecInRing3,
     /// Single-step in ring 3 is reported to us.
     StepInRing3,
+    /// SYSCALL changes the ring, and SYSRET does. The PVM flavour has its own ways between the rings.
+    Syscall,
     /// DR6 shows several slots that were hit at once.
     SeveralHits,
-    /// INT n, INT3 and INT1 in ring 0 raise their exceptions, and are no emulation failures.
-    IntInRing0,
+    /// INT3 in ring 0 comes to us: breakpoints can be patched into guest code.
+    Patches,
+    /// The guest's own DR7.GD works while slots of ours are armed. KVM's SVM code does not look at it.
+    GeneralDetect,
     /// An execution slot may be armed while a vCPU is in real mode. QEMU's SVM emulation crashes.
     RealModeSlots,
+    /// The probe's answers on this KVM are recorded.
+    Record,
     /// The debug core does not do this yet on these flavours of KVM (issue 3).
     Issue3On(&'static [Flavour]),
 }
@@ -45,12 +49,20 @@ impl Need {
     pub(crate) fn missing(self) -> Option<&'static str> {
         let (there, missing) = match self {
             Need::Kick => (lane() != "vmx", "no kick"),
-            Need::RealModeSlots => (lane() != "svm", "no exec slot in real mode"),
-            Need::IntInRing0 => (probe(&INT_IN_RING_0, int_in_ring_0), "no INT in ring 0"),
-            Need::DataWatch => (probe(&DATA_WATCH, data_watch), "no data watch"),
-            Need::ExecInRing3 => (probe(&EXEC_IN_RING_3, exec_in_ring_3), "no exec slot in ring 3"),
-            Need::StepInRing3 => (probe(&STEP_IN_RING_3, step_in_ring_3), "no step in ring 3"),
-            Need::SeveralHits => (probe(&SEVERAL_HITS, several_hits), "one hit per DR6"),
+            Need::RealModeSlots => {
+                (seen().x_real_mode != RealModeSlots::CrashesTheMachine, "no exec slot in real mode: x_real_mode")
+            }
+            Need::Patches => (capabilities().can_patch(), "INT3 goes to the guest: int3_cpl0"),
+            Need::GeneralDetect => (flavour() != Some(Flavour::Amd), "no GD beside ours"),
+            Need::DataWatch => (capabilities().can_watch_in_hardware(), "no data watch: w_data, rw_data"),
+            Need::ExecInRing3 => (seen().x_cpl3 == Slot::Fires, "no exec slot in ring 3: x_cpl3"),
+            Need::StepInRing3 => {
+                let steps = |seen| matches!(seen, Step::Exact | Step::ExtraExits);
+                (steps(seen().ss_cpl3) || steps(seen().ss_cpl3_shadow), "no step in ring 3: ss_cpl3")
+            }
+            Need::Syscall => (flavour() != Some(Flavour::Pvm), "no SYSCALL between the rings"),
+            Need::SeveralHits => (seen().multi_hit_data == MultiHit::All, "one hit per DR6: multi_hit_data"),
+            Need::Record => (crate::doctor::record().is_some(), "no record of this KVM"),
             Need::Issue3On(flavours) => (!flavour().is_some_and(|here| flavours.contains(&here)), "issue 3"),
         };
         (!there).then_some(missing)
@@ -75,44 +87,12 @@ pub(crate) fn lane() -> &'static str {
     LANE.get_or_init(|| std::env::var("TRAPLINE_LANE").unwrap_or_default())
 }
 
-static DATA_WATCH: OnceLock<bool> = OnceLock::new();
-static EXEC_IN_RING_3: OnceLock<bool> = OnceLock::new();
-static STEP_IN_RING_3: OnceLock<bool> = OnceLock::new();
-static INT_IN_RING_0: OnceLock<bool> = OnceLock::new();
-static SEVERAL_HITS: OnceLock<bool> = OnceLock::new();
-
-fn probe(answer: &OnceLock<bool>, ask: fn() -> bool) -> bool {
-    *answer.get_or_init(ask)
+/// The probe's answer, from its cache if it has one of this host.
+pub(crate) fn capabilities() -> &'static Capabilities {
+    static ANSWER: OnceLock<Capabilities> = OnceLock::new();
+    ANSWER.get_or_init(|| probe::capabilities().expect("there is a KVM, and it can be probed"))
 }
 
-fn data_watch() -> bool {
-    let mut rig = Rig::one("watch_exec");
-    rig.set(Breakpoint::watch(fixture::WATCH, 8, Trigger::Write)).unwrap();
-    matches!(rig.run_first(RunMode::Continue), StopReason::Watchpoint { .. })
-}
-
-fn exec_in_ring_3() -> bool {
-    let mut rig = Rig::new(&[Begin::Ring3("ring3_line")]);
-    rig.set(Breakpoint::exec(at("u_bp1"))).unwrap();
-    matches!(rig.run_first(RunMode::Continue), StopReason::Breakpoint(_))
-}
-
-fn step_in_ring_3() -> bool {
-    let mut rig = Rig::new(&[Begin::Ring3("ring3_line")]);
-    rig.run_first(RunMode::Step) == StopReason::Step && rig.pc(0) == at("u_bp1")
-}
-
-fn int_in_ring_0() -> bool {
-    Rig::one("int3").run_first(RunMode::Continue) == StopReason::GuestExit(0)
-}
-
-fn several_hits() -> bool {
-    if !probe(&DATA_WATCH, data_watch) {
-        return false;
-    }
-    let mut rig = Rig::one("watch_exec");
-    rig.set(Breakpoint::watch(fixture::WATCH, 8, Trigger::Write)).unwrap();
-    rig.set(Breakpoint::watch(fixture::WATCH, 8, Trigger::Access)).unwrap();
-    rig.run_first(RunMode::Continue);
-    rig.coordinator.take_stop().is_some()
+fn seen() -> &'static Seen {
+    &capabilities().seen
 }

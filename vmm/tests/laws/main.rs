@@ -11,6 +11,8 @@
 mod arming;
 mod booted;
 mod clock;
+mod doctor;
+mod guest;
 mod inquest;
 mod landing;
 mod lane;
@@ -18,12 +20,13 @@ mod law;
 mod lifecycle;
 mod once;
 mod over;
+mod patch;
 mod rig;
 mod spy;
 mod step;
 mod stop_all;
-mod traps;
 mod update;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -44,14 +47,17 @@ fn main() -> ExitCode {
 fn all() -> Vec<Law> {
     [
         vec![law!(the_table_of_laws_has_a_row_for_every_test)],
+        doctor::laws(),
         arming::laws(),
         update::laws(),
         once::laws(),
         over::laws(),
         stop_all::laws(),
-        traps::laws(),
+        guest::laws(),
+        watch::laws(),
         step::laws(),
         landing::laws(),
+        patch::laws(),
         lifecycle::laws(),
     ]
     .concat()

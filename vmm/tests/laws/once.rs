@@ -103,7 +103,8 @@ fn l13_exactly_once_toggling_1000_rounds() {
                 let before = demo.count(cpu);
                 demo.wait_for("the guest to count", |demo| (demo.count(cpu) > before).then_some(()));
             }
-            let stop = demo.vm.stop().unwrap();
+            let stop = demo.vm.stop();
+            let stop = demo.must(stop);
             assert_eq!(stop.reason, StopReason::Interrupted, "round {round}: told of what is gone");
             let (counts, pcs) = where_all_are(&mut demo);
             ledger.unarmed(&counts, &pcs);

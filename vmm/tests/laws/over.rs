@@ -14,7 +14,7 @@ use trapline_vmm::memory::GuestRam;
 use trapline_vmm::paging::write_all_physical;
 
 use crate::clock::wait_for;
-use crate::lane::Need::{IntInRing0, Issue3On, Kick};
+use crate::lane::Need::{Issue3On, Kick};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, bare_machine, name, vcpu};
 
@@ -23,7 +23,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l41_what_is_carried_out_in_place_is_what_the_processor_does),
         law!(l41_and_in_ring_3),
         law!(l41_no_form_of_nop_is_stepped),
-        law!(l41_a_reserved_nop_is_not_stepped, IntInRing0),
+        law!(l41_a_reserved_nop_is_not_stepped),
         law!(l41_a_nop_that_was_told_is_left_in_place),
         law!(l41_the_next_instruction_is_told_too),
         law!(l41_a_function_entry_is_crossed_without_a_step_on_every_vcpu, Kick),

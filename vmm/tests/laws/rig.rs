@@ -12,12 +12,13 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use object::{Object, ObjectSegment};
+use object::{Object, ObjectSection, ObjectSegment, SectionKind};
 use trapline_guests::fixture::{self, LOG_SIZE, LogEntry, Start};
+use trapline_vmm::KvmGround;
 use trapline_vmm::boot::layout;
 use trapline_vmm::coordinator::{Coordinator, Kick};
 use trapline_vmm::cpuid::{Topology, vcpu_entries};
-use trapline_vmm::debug::{Breakpoint, BreakpointError, Owner, ResumePlan, RunMode, Stop, StopReason, VcpuId};
+use trapline_vmm::debug::{Breakpoint, BreakpointError, Offer, Owner, ResumePlan, RunMode, Stop, StopReason, VcpuId};
 use trapline_vmm::devices::bus::{Bus, Device, Shared};
 use trapline_vmm::devices::{DeviceEvent, ExitPort, exit};
 use trapline_vmm::memory::GuestRam;
@@ -44,6 +45,8 @@ pub(crate) enum Begin {
 pub(crate) struct Recorder {
     pub(crate) writes: Vec<(u64, u64)>,
     pub(crate) reads: u64,
+    /// What is written to it goes there, too.
+    pub(crate) copies_to: Option<(GuestRam, u64)>,
 }
 
 impl Device for Recorder {
@@ -56,6 +59,9 @@ impl Device for Recorder {
         let mut value = [0; 8];
         value[..data.len()].copy_from_slice(data);
         self.writes.push((offset, u64::from_le_bytes(value)));
+        if let Some((ram, to)) = &self.copies_to {
+            assert!(ram.device_write(*to, data));
+        }
         None
     }
 }
@@ -71,7 +77,7 @@ pub(crate) struct Rig {
     pub(crate) raw: Vec<RawFd>,
     events: Arc<Monitor<u64>>,
     ram: GuestRam,
-    vm: VmFd,
+    vm: Arc<VmFd>,
 }
 
 impl Rig {
@@ -87,6 +93,7 @@ impl Rig {
 
     pub(crate) fn new(begins: &[Begin]) -> Self {
         let (vm, ram) = bare_machine();
+        let vm = Arc::new(vm);
         let (mmio, ports) = (Shared::new(Recorder::default()), Shared::new(Recorder::default()));
         let mut bus = Bus::new();
         bus.add_mmio(fixture::MMIO..fixture::MMIO + 0x1000, &mmio).unwrap();
@@ -100,7 +107,7 @@ impl Rig {
         for ((n, begin), spy) in begins.iter().enumerate().zip(&spies) {
             let fd = vcpu(&vm, n as u32, begins.len() as u32, *begin);
             raw.push(fd.as_raw_fd());
-            let cpu = Spied { cpu: KvmCpu::new(fd, bus.clone(), ram.mem().clone(), None), spy: spy.clone() };
+            let cpu = Spied { cpu: KvmCpu::new(fd, bus.clone(), ram.clone(), None), spy: spy.clone() };
             let watched = spy.clone();
             let kick: Kick = Box::new(move |thread: &JoinHandle<()>| {
                 watched.kicked();
@@ -110,8 +117,30 @@ impl Rig {
         }
         let events = Monitor::new(0);
         let notify = events.clone();
-        let coordinator = Coordinator::new(cpus, move || notify.change(|count| *count += 1)).unwrap();
+        let mut coordinator = Coordinator::new(cpus, move || notify.change(|count| *count += 1)).unwrap();
+        coordinator.use_ground(Box::new(KvmGround::new(vm.clone(), ram.clone())), Offer::SLOTS);
         Rig { coordinator, spies, mmio, ports, raw, events, ram, vm }
+    }
+
+    /// What finds no slot from now on becomes a patch.
+    pub(crate) fn offer_patches(&mut self) {
+        self.coordinator.set_offer(Offer { patches: true, ..Offer::SLOTS });
+    }
+
+    /// Serves write watchpoints by read-only pages, whatever else this host can do.
+    pub(crate) fn with_pages(mut self) -> Self {
+        self.coordinator.set_offer(Offer { data_slots: false, pages: true, ..Offer::SLOTS });
+        self
+    }
+
+    /// What the guest writes to its port goes to this address, too.
+    pub(crate) fn copy_port_to(&mut self, gpa: u64) {
+        self.ports.lock().copies_to = Some((self.ram.clone(), gpa));
+    }
+
+    /// Data slots first, then read-only pages.
+    pub(crate) fn offer_slots_and_pages(&mut self) {
+        self.coordinator.set_offer(Offer { pages: true, ..Offer::SLOTS });
     }
 
     pub(crate) fn cpus(&self) -> usize {
@@ -121,7 +150,13 @@ impl Rig {
     /// What every vCPU that does not step is to be armed with: the image in force, bit by bit.
     pub(crate) fn published(&self) -> Arming {
         let image = self.coordinator.image();
-        Arming { addresses: image.addresses(), dr7: image.dr7(), step: false, block_irq: false, int3: false }
+        Arming {
+            addresses: image.addresses(),
+            dr7: image.dr7(),
+            step: false,
+            block_irq: false,
+            int3: !image.patches().is_empty(),
+        }
     }
 
     /// All vCPUs in one mode.
@@ -219,11 +254,33 @@ impl Rig {
         self.registers(cpu).pc()
     }
 
+    /// What is in guest memory, patches and all.
+    pub(crate) fn read_ram(&self, addr: u64, into: &mut [u8]) {
+        assert_eq!(read_physical(self.ram.mem(), addr, into), into.len());
+    }
+
+    /// All of the guest's code, as it is in memory.
+    pub(crate) fn code(&self) -> Vec<u8> {
+        let file = object::File::parse(fixture::image()).unwrap();
+        let text = file.sections().filter(|section| section.kind() == SectionKind::Text);
+        text.flat_map(|section| {
+            let mut bytes = vec![0; section.size() as usize];
+            self.read_ram(section.address(), &mut bytes);
+            bytes
+        })
+        .collect()
+    }
+
     /// A u64 in guest memory; readable while the guest runs.
     pub(crate) fn word(&self, addr: u64) -> u64 {
         let mut bytes = [0; 8];
         assert_eq!(read_physical(self.ram.mem(), addr, &mut bytes), 8);
         u64::from_le_bytes(bytes)
+    }
+
+    /// Writes guest memory as the debugger does.
+    pub(crate) fn write_memory(&self, addr: u64, bytes: &[u8]) -> bool {
+        write_all_physical(self.ram.mem(), addr, bytes)
     }
 
     /// A field of a CPU's block.

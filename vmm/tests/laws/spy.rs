@@ -5,8 +5,9 @@ use std::io;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-use trapline_vmm::debug::{Dr6, General};
-use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Registers, Ring3, Standing};
+use trapline_vmm::debug::{DebugImage, Dr6, General, GuestRegisters};
+use trapline_vmm::memory::DeviceStore;
+use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Raised, Registers, Ring3, Standing};
 
 use crate::clock::{Monitor, PATIENCE};
 
@@ -23,11 +24,14 @@ pub(crate) struct Notes {
     pub(crate) entries: u64,
     pub(crate) kicked: u64,
     pub(crate) served: u64,
+    pub(crate) stored: u64,
     pub(crate) trapped: u64,
     /// Of those that trapped: a step was done.
     pub(crate) stepped: u64,
     /// Times the vCPU was told that time had been stolen.
     pub(crate) resumed: u64,
+    /// HLTs that were carried out for it.
+    pub(crate) halted: u64,
     /// Instructions carried out in place.
     pub(crate) advanced: u64,
     /// Exceptions given to the guest.
@@ -122,6 +126,7 @@ impl Spy {
         self.0.change(|notes| match exit {
             Exit::Kicked => notes.kicked += 1,
             Exit::Served(_) => notes.served += 1,
+            Exit::Store { .. } => notes.stored += 1,
             Exit::Debug(exit) => {
                 notes.trapped += 1;
                 notes.stepped += u64::from(Dr6(exit.dr6).single_step());
@@ -230,12 +235,28 @@ impl Cpu for Spied {
 
     fn halt(&mut self) -> io::Result<()> {
         self.spy.visit();
+        self.spy.0.change(|notes| notes.halted += 1);
         self.cpu.halt()
     }
 
     fn translate(&mut self, addr: u64) -> Option<u64> {
         self.spy.visit();
         self.cpu.translate(addr)
+    }
+
+    fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize {
+        self.spy.visit();
+        self.cpu.read_physical(gpa, into)
+    }
+
+    fn write_physical(&mut self, gpa: u64, bytes: &[u8]) -> bool {
+        self.spy.visit();
+        self.cpu.write_physical(gpa, bytes)
+    }
+
+    fn hide(&mut self, patches_of: &DebugImage) {
+        self.spy.visit();
+        self.cpu.hide(patches_of);
     }
 
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize {
@@ -246,6 +267,16 @@ impl Cpu for Spied {
     fn write(&mut self, addr: u64, bytes: &[u8]) -> bool {
         self.spy.visit();
         self.cpu.write(addr, bytes)
+    }
+
+    fn device_stores(&mut self) -> Vec<DeviceStore> {
+        self.spy.visit();
+        self.cpu.device_stores()
+    }
+
+    fn exchange(&mut self, gpa: u64, new: &[u8], old: &mut [u8]) -> usize {
+        self.spy.visit();
+        self.cpu.exchange(gpa, new, old)
     }
 
     fn reflect_db(&mut self, causes: u64) -> io::Result<()> {
@@ -260,9 +291,30 @@ impl Cpu for Spied {
         self.cpu.reflect_bp()
     }
 
-    fn guest_debug_state(&mut self) -> io::Result<(bool, u64)> {
+    fn guest_registers(&mut self) -> io::Result<GuestRegisters> {
         self.spy.visit();
-        self.cpu.guest_debug_state()
+        self.cpu.guest_registers()
+    }
+
+    fn set_guest_registers(&mut self, registers: &GuestRegisters) -> io::Result<()> {
+        self.spy.visit();
+        self.cpu.set_guest_registers(registers)
+    }
+
+    fn raise(&mut self, event: Raised, len: u64) -> io::Result<()> {
+        self.spy.visit();
+        self.spy.0.change(|notes| notes.reflected += 1);
+        self.cpu.raise(event, len)
+    }
+
+    fn end_shadow(&mut self) -> io::Result<()> {
+        self.spy.visit();
+        self.cpu.end_shadow()
+    }
+
+    fn kick_itself(&mut self, often: bool) -> io::Result<()> {
+        self.spy.visit();
+        self.cpu.kick_itself(often)
     }
 
     fn standing(&mut self) -> io::Result<Option<Standing>> {
@@ -281,9 +333,9 @@ impl Cpu for Spied {
         self.cpu.ring_3()
     }
 
-    fn cast_shadow(&mut self, on: bool) -> io::Result<()> {
+    fn cast_shadow(&mut self) -> io::Result<()> {
         self.spy.visit();
-        self.cpu.cast_shadow(on)
+        self.cpu.cast_shadow()
     }
 
     fn unmask_nmi(&mut self) -> io::Result<()> {
@@ -291,9 +343,9 @@ impl Cpu for Spied {
         self.cpu.unmask_nmi()
     }
 
-    fn is_interrupted(&mut self) -> io::Result<bool> {
+    fn has_interrupt_on_its_way(&mut self) -> io::Result<bool> {
         self.spy.visit();
-        self.cpu.is_interrupted()
+        self.cpu.has_interrupt_on_its_way()
     }
 
     fn resumed(&mut self) {

@@ -6,7 +6,7 @@ use trapline_vmm::vcpu::Activity;
 
 use crate::clock::wait_for;
 use crate::landing::step_to;
-use crate::lane::Need::{Kick, StepInRing3};
+use crate::lane::Need::{Kick, StepInRing3, Syscall};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, name, send_nmi};
 
@@ -20,7 +20,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l45_a_stepped_pushf_stores_no_trap_flag),
         law!(l45_a_stepped_pushf_stores_no_trap_flag_in_ring_3, StepInRing3),
         law!(l45_a_stepped_fault_leaves_no_trap_flag_in_its_frame),
-        law!(l45_a_stepped_syscall_leaves_no_trap_flag_in_r11, StepInRing3),
+        law!(l45_a_stepped_syscall_leaves_no_trap_flag_in_r11, StepInRing3, Syscall),
         law!(l46_the_guests_own_trap_flag_survives_a_step),
         law!(l48_an_interrupt_during_a_continue_is_not_a_stop, Kick),
         law!(l49_step_over_mov_ss_lands_behind_it),

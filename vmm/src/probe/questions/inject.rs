@@ -28,6 +28,7 @@ pub(super) fn breakpoint(bench: &mut Bench) -> Result<InjectBp, Unclear> {
     match bench.run() {
         Exit::Vector(BP) if bench.frame_rip()? == INT3.at(2) => Ok(InjectBp::Advances),
         Exit::Vector(BP) if bench.frame_rip()? == INT3.at(1) => Ok(InjectBp::Stays),
+        Exit::Vector(BP) => Ok(InjectBp::Elsewhere),
         Exit::End | Exit::InternalError => Ok(InjectBp::Lost),
         exit => unclear(exit, bench),
     }
@@ -39,6 +40,8 @@ pub(super) fn breakpoint_by_events(bench: &mut Bench) -> Result<Inject, Unclear>
     bench.inject(BP)?;
     match bench.run() {
         Exit::Vector(BP) if bench.frame_rip()? == COUNT.at(0) => Ok(Inject::Delivered),
+        Exit::Vector(BP) if bench.frame_rip()? == COUNT.at(1) => Ok(Inject::DeliveredBehind),
+        Exit::Vector(BP) => Ok(Inject::DeliveredElsewhere),
         Exit::End => Ok(Inject::Lost),
         exit => unclear(exit, bench),
     }

@@ -75,5 +75,9 @@ impl Asker<'_> {
 /// For whatever a question has no name for.
 fn unclear<T>(exit: Exit, bench: &Bench) -> Result<T, Unclear> {
     let rip = bench.rip()?;
-    Err(Unclear(format!("{exit:x?} at {rip:#x}")))
+    let what = format!("{exit:x?} at {rip:#x}");
+    Err(Unclear(match exit {
+        Exit::Vector(_) => format!("{what}, from {:#x}", bench.frame_rip()?),
+        _ => what,
+    }))
 }

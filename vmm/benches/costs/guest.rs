@@ -1,0 +1,159 @@
+//! Guests that do one thing, on a bare vCPU and under the product's coordinator.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::kvm_regs;
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use trapline_guests::fixture;
+use trapline_vmm::coordinator::{Coordinator, Kick};
+use trapline_vmm::debug::{ResumePlan, RunMode, StopReason, VcpuId};
+use trapline_vmm::devices::bus::Bus;
+use trapline_vmm::memory::GuestRam;
+use trapline_vmm::paging::write_all_physical;
+use trapline_vmm::vcpu::{KvmCpu, kick};
+
+use crate::clock::{Monitor, PATIENCE};
+use crate::rig::{Begin, bare_machine, vcpu};
+
+/// Where the programs stand: a page that every ring may run.
+pub(crate) const PAGE: u64 = fixture::WATCH;
+
+/// A loop without an end. Its first instruction is the one to put a breakpoint on.
+#[derive(Clone, Copy)]
+pub(crate) struct Program {
+    offset: u64,
+    code: &'static [u8],
+    /// Where in the code the breakpoint belongs.
+    place: u64,
+}
+
+impl Program {
+    /// `1: out %al, $0x80; jmp 1b`
+    pub(crate) const OUT: Program = Program { offset: 0, code: &[0xe6, 0x80, 0xeb, 0xfc], place: 0 };
+    /// `1: nop; jmp 1b`
+    pub(crate) const NOP: Program = Program { offset: 0x100, code: &[0x90, 0xeb, 0xfd], place: 0 };
+    /// `1: mov %rax, (%rsp); jmp 1b`
+    pub(crate) const STORE: Program = Program { offset: 0x200, code: &[0x48, 0x89, 0x04, 0x24, 0xeb, 0xfa], place: 0 };
+    /// `1: inc %rcx; jmp 1b`
+    pub(crate) const COUNT: Program = Program { offset: 0x300, code: &[0x48, 0xff, 0xc1, 0xeb, 0xfb], place: 0 };
+    /// `1: mov $10000, %ecx; 2: dec %ecx; jnz 2b; nop; jmp 1b`, and the place is the NOP.
+    pub(crate) const RARE: Program =
+        Program { offset: 0x400, code: &[0xb9, 0x10, 0x27, 0, 0, 0xff, 0xc9, 0x75, 0xfc, 0x90, 0xeb, 0xf4], place: 9 };
+
+    /// The address of the instruction that a breakpoint belongs on.
+    pub(crate) fn place(self) -> u64 {
+        PAGE + self.offset + self.place
+    }
+
+    fn begins(self, fd: &VcpuFd) {
+        let regs = fd.get_regs().unwrap();
+        fd.set_regs(&kvm_regs { rip: PAGE + self.offset, ..regs }).unwrap();
+    }
+}
+
+fn machine(programs: &[Program]) -> (VmFd, GuestRam, Vec<VcpuFd>) {
+    let (vm, ram) = bare_machine();
+    let make = |(n, program): (usize, &Program)| {
+        let fd = vcpu(&vm, n as u32, programs.len() as u32, Begin::Ring0("jump_self"));
+        assert!(write_all_physical(ram.mem(), PAGE + program.offset, program.code));
+        program.begins(&fd);
+        fd
+    };
+    let fds = programs.iter().enumerate().map(make).collect();
+    (vm, ram, fds)
+}
+
+/// A vCPU in a loop around KVM_RUN, with nothing of ours between.
+pub(crate) struct Bare {
+    fd: VcpuFd,
+    _machine: (VmFd, GuestRam),
+}
+
+impl Bare {
+    pub(crate) fn new() -> Self {
+        let (vm, ram, fds) = machine(&[Program::OUT]);
+        Bare { fd: fds.into_iter().next().unwrap(), _machine: (vm, ram) }
+    }
+
+    /// Seconds of this thread's processor time for one exit.
+    pub(crate) fn cost(&mut self, window: Duration) -> f64 {
+        let (began, started, mut exits) = (thread_time(), Instant::now(), 0u64);
+        while started.elapsed() < window {
+            for _ in 0..100 {
+                assert!(matches!(self.fd.run(), Ok(VcpuExit::IoOut(..))));
+            }
+            exits += 100;
+        }
+        (thread_time() - began).as_secs_f64() / exits as f64
+    }
+}
+
+/// A machine under the coordinator.
+pub(crate) struct Guest {
+    // Dropped first: its threads use everything below.
+    pub(crate) coordinator: Coordinator,
+    events: Arc<Monitor<u64>>,
+    _machine: (VmFd, GuestRam),
+}
+
+impl Guest {
+    pub(crate) fn new(programs: &[Program]) -> Self {
+        let (vm, ram, fds) = machine(programs);
+        kick::install().unwrap();
+        let bus = Arc::new(Bus::new());
+        let make = |fd| (KvmCpu::new(fd, bus.clone(), ram.clone(), None), Box::new(kick::send) as Kick);
+        let cpus = fds.into_iter().map(make).collect();
+        let events = Monitor::new(0);
+        let notify = events.clone();
+        let coordinator = Coordinator::new(cpus, move || notify.change(|count| *count += 1)).unwrap();
+        Guest { coordinator, events, _machine: (vm, ram) }
+    }
+
+    pub(crate) fn go(&mut self, mode: RunMode) {
+        let plan = ResumePlan::all(self.coordinator.vcpus(), mode);
+        assert_eq!(self.coordinator.resume(&plan).unwrap(), None);
+    }
+
+    /// Runs until a stop.
+    pub(crate) fn run(&mut self, mode: RunMode) -> StopReason {
+        self.go(mode);
+        loop {
+            let seen = *self.events.lock();
+            if let Some(stop) = self.coordinator.poll().unwrap() {
+                return stop.reason;
+            }
+            assert!(self.events.wait(PATIENCE, |count| *count != seen), "no stop came");
+        }
+    }
+
+    /// Runs for a while; the processor time of vCPU 0's thread meanwhile.
+    pub(crate) fn run_for(&mut self, window: Duration, mode: RunMode) -> Duration {
+        let before = vcpu_time();
+        self.go(mode);
+        std::thread::sleep(window);
+        self.coordinator.stop().unwrap();
+        assert_eq!(self.coordinator.take_stop(), None, "it stopped by itself");
+        vcpu_time() - before
+    }
+
+    /// What [`Program::COUNT`] has counted.
+    pub(crate) fn count(&mut self, cpu: u32) -> u64 {
+        self.coordinator.registers(VcpuId(cpu)).unwrap().rcx
+    }
+}
+
+fn thread_time() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(now).unwrap()
+}
+
+/// Processor time of vCPU 0's thread, guest code included, as the scheduler counts it.
+fn vcpu_time() -> Duration {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+    let is_vcpu =
+        |task: &std::path::PathBuf| std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name == "vcpu0\n");
+    let task = tasks.into_iter().find(is_vcpu).expect("a thread called vcpu0");
+    let text = std::fs::read_to_string(task.join("schedstat")).expect("a kernel with scheduler statistics");
+    Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
+}

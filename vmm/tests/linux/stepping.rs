@@ -1,0 +1,101 @@
+//! Ten thousand steps of a kernel and its programs: through system calls, page faults, interrupts,
+//! switches of process and returns to user code (laws 45 to 49, seed row D4).
+
+use trapline_vmm::debug::{RunMode, VcpuId};
+
+use crate::guest::Guest;
+use crate::step::Stepper;
+
+/// A stretch of steps.
+struct Leg {
+    /// The function at whose first instruction it starts.
+    start: &'static str,
+    least: u64,
+    /// It goes on until it has come by here.
+    until: &'static str,
+}
+
+const LEGS: [Leg; 4] = [
+    Leg { start: "entry_SYSCALL_64", least: 2000, until: "user" },
+    // Its process then touches the page that it was given.
+    Leg { start: "__x64_sys_mmap", least: 3000, until: "asm_exc_page_fault" },
+    Leg { start: "asm_sysvec_apic_timer_interrupt", least: 1500, until: "user" },
+    Leg { start: "__schedule", least: 3500, until: "__switch_to" },
+];
+
+/// A leg that is so many times as long as it should be has lost its way.
+const TOO_LONG: u64 = 6;
+
+/// What must have been stepped through, at least.
+const WAYPOINTS: [&str; 8] = [
+    "user",
+    "entry_SYSCALL_64",
+    "do_syscall_64",
+    "asm_exc_page_fault",
+    "handle_mm_fault",
+    "asm_sysvec_apic_timer_interrupt",
+    "__schedule",
+    "__switch_to",
+];
+
+/// The CPU that is stepped.
+const STEPPED: VcpuId = VcpuId(0);
+
+pub(crate) fn alone() {
+    session(RunMode::Parked);
+}
+
+pub(crate) fn beside_a_running_vcpu() {
+    session(RunMode::Continue);
+}
+
+fn session(others: RunMode) {
+    let mut guest = Guest::boot();
+    // Two that take turns on the CPU that is stepped, one on the other.
+    let programs = [("/tmp/a", 0), ("/tmp/b", 0), ("/tmp/c", 1)];
+    for (file, cpu) in programs {
+        guest.command(&format!("taskset -c {cpu} fresh-pages {file} &"));
+    }
+    let before = progress(&mut guest);
+    guest.vm.stop().unwrap();
+    let mut stepper = Stepper::new(&mut guest, STEPPED, others);
+    let started = std::time::Instant::now();
+    for leg in LEGS {
+        let start = guest.symbols.at(leg.start);
+        while guest.run_to(start) != STEPPED {}
+        stepper.look(&mut guest);
+        assert_eq!(stepper.pc(), start);
+        let (first, passed) = (stepper.steps, stepper.passed(leg.until));
+        while stepper.steps < first + leg.least || stepper.passed(leg.until) == passed {
+            stepper.step(&mut guest);
+            if stepper.steps - first > TOO_LONG * leg.least {
+                println!("  from {} it never comes by {}", leg.start, leg.until);
+                break;
+            }
+        }
+    }
+    println!("  {} steps in {:?}", stepper.steps, started.elapsed());
+    // Free again it works as before, and so do its programs.
+    guest.go();
+    let mut after = progress(&mut guest);
+    for _ in 0..20 {
+        if before.iter().zip(&after).all(|(before, after)| after > before) {
+            break;
+        }
+        after = progress(&mut guest);
+    }
+    let advanced = before.iter().zip(&after).all(|(before, after)| after > before);
+    assert!(advanced, "the stepped programs do not go on: {before:?}, then {after:?}; {}", guest.console());
+    guest.assert_undisturbed();
+    stepper.assert_nothing_found();
+    let missed: Vec<_> = WAYPOINTS.iter().filter(|name| stepper.passed(name) == 0).collect();
+    assert!(missed.is_empty(), "not stepped through: {missed:?}, but {:?}", stepper.seen);
+}
+
+/// How far each of the programs is.
+fn progress(guest: &mut Guest) -> Vec<u64> {
+    let printed = guest.command("sleep 0.2; cat /tmp/a /tmp/b /tmp/c");
+    let numbers: Vec<u64> = printed.lines().filter_map(|line| line.trim().parse().ok()).collect();
+    assert_eq!(numbers.len(), 3, "the programs' files hold {printed}");
+    numbers
+}
