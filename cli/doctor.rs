@@ -110,7 +110,7 @@ fn heading(host: &Capabilities) -> String {
     let known: Vec<_> = parts.into_iter().filter(|part| !part.is_empty()).collect();
     let text = known.join(", ");
     match text.char_indices().nth(WIDTH - 1) {
-        Some((at, _)) => format!("{}\n\n", &text[..at]),
+        Some((at, _)) => format!("{}\n\n", text[..at].trim_end()),
         None => text + "\n\n",
     }
 }
@@ -145,8 +145,13 @@ fn sections(host: &Capabilities) -> [(&'static str, Vec<Row>); 5] {
             vec![
                 row("kernel code", hardware, slot(seen.x_cpl0), by_slots(seen.x_cpl0, "")),
                 row("user code", hardware, slot(seen.x_cpl3), by_slots(seen.x_cpl3, "not served")),
-                row("INT3, kernel code", claims.software_breakpoints, int3(seen.int3_cpl0), by_patches(offer)),
-                row("INT3, user code", claims.software_breakpoints, int3(seen.int3_cpl3), ""),
+                row("INT3, kernel code", claims.software_breakpoints, int3(seen.int3_cpl0), by_patches(offer.patches)),
+                row(
+                    "INT3, user code",
+                    claims.software_breakpoints,
+                    int3(seen.int3_cpl3),
+                    by_patches(offer.user_patches),
+                ),
             ],
         ),
         (
@@ -170,7 +175,7 @@ fn sections(host: &Capabilities) -> [(&'static str, Vec<Row>); 5] {
                 row("kernel code", claims.single_step, step(seen.ss_cpl0), by_kvm(seen.ss_cpl0)),
                 row("user code", claims.single_step, step(seen.ss_cpl3), by_kvm(seen.ss_cpl3)),
                 row("interrupts held back", claims.block_irq, block_irq(seen.blockirq), ""),
-                row("HLT", None, halt(seen.hlt_halts), ""),
+                row("HLT", None, halt(seen.hlt_halts), "Trapline itself"),
             ],
         ),
         (
@@ -209,8 +214,8 @@ fn by_watches(slot: Slot, offer: Offer) -> &'static str {
     }
 }
 
-fn by_patches(offer: Offer) -> &'static str {
-    if offer.patches { "beyond four slots" } else { "not used" }
+fn by_patches(offered: bool) -> &'static str {
+    if offered { "beyond four slots" } else { "not used" }
 }
 
 fn by_pages(offer: Offer) -> &'static str {

@@ -183,6 +183,7 @@ struct cpu {
 _Static_assert(sizeof(struct cpu) == CPU_SIZE, "tests rely on the size of struct cpu");
 _Static_assert(offsetof(struct cpu, count) == 0, "tests rely on where count is");
 _Static_assert(offsetof(struct cpu, traced_count) == 8, "tests rely on where traced_count is");
+_Static_assert(offsetof(struct cpu, rounds) == 16, "tests rely on where rounds is");
 
 extern struct cpu cpus[MAX_CPUS];
 extern u32 cpu_count;

@@ -27,6 +27,9 @@ pub const COUNT_OFFSET: u64 = 0;
 /// Offset in `struct cpu` of the u64 that `count_up_traced` increments.
 pub const TRACED_COUNT_OFFSET: u64 = 8;
 
+/// Offset in `struct cpu` of the u64 that counts the rounds, at the end of `count_a_round`.
+pub const ROUNDS_OFFSET: u64 = 16;
+
 /// Where CPU number `cpu` (0 is the boot processor, the others in MADT order)
 /// keeps how often it ran `count_up_here`; `None` beyond the last possible CPU.
 pub fn count_address(cpu: u32) -> Option<u64> {
@@ -36,6 +39,11 @@ pub fn count_address(cpu: u32) -> Option<u64> {
 /// As [`count_address`], for `count_up_traced_here`.
 pub fn traced_count_address(cpu: u32) -> Option<u64> {
     Some(cpu_address(cpu)? + TRACED_COUNT_OFFSET)
+}
+
+/// As [`count_address`], for the rounds: how often `count_a_round` was left.
+pub fn rounds_address(cpu: u32) -> Option<u64> {
+    Some(cpu_address(cpu)? + ROUNDS_OFFSET)
 }
 
 fn cpu_address(cpu: u32) -> Option<u64> {

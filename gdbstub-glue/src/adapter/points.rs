@@ -1,8 +1,9 @@
 //! Breakpoints and watchpoints.
 //!
-//! `Z0` (gdb's `break`) is served like `Z1`: by a hardware slot on every vCPU. Were it unknown,
-//! gdb would write INT3 into guest memory, where the guest sees it and other vCPUs run into it;
-//! so `Z0` is never answered with "unknown", not even when the slots are gone.
+//! `Z0` (gdb's `break`) is served like `Z1`: by a hardware slot on every vCPU, and beyond the four by
+//! an INT3 that the debuggee hides and steps over with care, where the host allows that. Were `Z0`
+//! unknown, gdb would write the INT3 itself, and other vCPUs would run through it while it is out;
+//! so it is never answered with "unknown", not even when nothing is left to serve it.
 //!
 //! gdb may hold a `Z0` and a `Z1` at one address; to the debuggee they are one breakpoint, which
 //! goes when the last of them goes.

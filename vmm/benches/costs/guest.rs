@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use trapline_guests::fixture;
+use trapline_vmm::KvmGround;
 use trapline_vmm::coordinator::{Coordinator, Kick};
-use trapline_vmm::debug::{ResumePlan, RunMode, StopReason, VcpuId};
+use trapline_vmm::debug::{Offer, ResumePlan, RunMode, StopReason, VcpuId};
 use trapline_vmm::devices::bus::Bus;
 use trapline_vmm::memory::GuestRam;
 use trapline_vmm::paging::write_all_physical;
@@ -37,6 +38,12 @@ impl Program {
     pub(crate) const STORE: Program = Program { offset: 0x200, code: &[0x48, 0x89, 0x04, 0x24, 0xeb, 0xfa], place: 0 };
     /// `1: inc %rcx; jmp 1b`
     pub(crate) const COUNT: Program = Program { offset: 0x300, code: &[0x48, 0xff, 0xc1, 0xeb, 0xfb], place: 0 };
+    /// `1: inc %rcx; mov %rcx, SOURCE; jmp 1b`
+    pub(crate) const STORES: Program = Program {
+        offset: 0x500,
+        code: &[0x48, 0xff, 0xc1, 0x48, 0x89, 0x0c, 0x25, 0x00, 0xa0, 0x22, 0x00, 0xeb, 0xf3],
+        place: 3,
+    };
     /// `1: mov $10000, %ecx; 2: dec %ecx; jnz 2b; nop; jmp 1b`, and the place is the NOP.
     pub(crate) const RARE: Program =
         Program { offset: 0x400, code: &[0xb9, 0x10, 0x27, 0, 0, 0xff, 0xc9, 0x75, 0xfc, 0x90, 0xeb, 0xf4], place: 9 };
@@ -94,7 +101,7 @@ pub(crate) struct Guest {
     // Dropped first: its threads use everything below.
     pub(crate) coordinator: Coordinator,
     events: Arc<Monitor<u64>>,
-    _machine: (VmFd, GuestRam),
+    _machine: (Arc<VmFd>, GuestRam),
 }
 
 impl Guest {
@@ -106,7 +113,10 @@ impl Guest {
         let cpus = fds.into_iter().map(make).collect();
         let events = Monitor::new(0);
         let notify = events.clone();
-        let coordinator = Coordinator::new(cpus, move || notify.change(|count| *count += 1)).unwrap();
+        let mut coordinator = Coordinator::new(cpus, move || notify.change(|count| *count += 1)).unwrap();
+        let vm = Arc::new(vm);
+        let pages = Offer { data_slots: false, pages: true, ..Offer::SLOTS };
+        coordinator.use_ground(Box::new(KvmGround::new(vm.clone(), ram.clone())), pages);
         Guest { coordinator, events, _machine: (vm, ram) }
     }
 
@@ -137,7 +147,7 @@ impl Guest {
         vcpu_time() - before
     }
 
-    /// What [`Program::COUNT`] has counted.
+    /// What [`Program::COUNT`] and [`Program::STORES`] have counted.
     pub(crate) fn count(&mut self, cpu: u32) -> u64 {
         self.coordinator.registers(VcpuId(cpu)).unwrap().rcx
     }

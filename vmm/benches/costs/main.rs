@@ -25,7 +25,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use trapline_vmm::debug::{Breakpoint, Disposition, Handler, Owner, RunMode, StopReason};
+use trapline_guests::fixture;
+use trapline_vmm::debug::{Breakpoint, Disposition, Handler, Owner, RunMode, StopReason, Trigger};
 
 use guest::{Bare, Guest, PAGE, Program};
 use report::{Goal, median, row};
@@ -49,6 +50,10 @@ fn main() {
     row("a counted hit, its instruction stepped", hit, Some(ratio), Goal::AtMost(3.0));
     let (step, ratio) = in_turns(&mut bare, &mut steps());
     row("a single step within a range", step, Some(ratio), Goal::AtMost(1.3));
+    let (store, ratio) = in_turns(&mut bare, &mut stores(fixture::SOURCE + 0x800));
+    row("a store beside a watched range, on its page", store, Some(ratio), Goal::None);
+    let (store, ratio) = in_turns(&mut bare, &mut stores(fixture::SOURCE));
+    row("a counted store, watched by its page", store, Some(ratio), Goal::None);
     let told = median(told_steps());
     row("a single step that is told, on the wall", told, Some(told / exit), Goal::None);
 
@@ -85,6 +90,19 @@ fn counted(program: Program) -> impl FnMut() -> f64 {
         let before = hits.load(Ordering::Relaxed);
         let spent = guest.run_for(WINDOW, RunMode::Continue);
         spent.as_secs_f64() / (hits.load(Ordering::Relaxed) - before) as f64
+    }
+}
+
+/// Stores to the first bytes of a page, with `watched` on it watched by a handler that lets them pass.
+fn stores(watched: u64) -> impl FnMut() -> f64 {
+    let mut guest = Guest::new(&[Program::STORES]);
+    let watch = Breakpoint::watch(watched, 8, Trigger::Write);
+    let handler = Handler::new(|_| Disposition::Continue);
+    guest.coordinator.set_trap(Owner::harness(1), watch, Some(handler)).unwrap();
+    move || {
+        let before = guest.count(0);
+        let spent = guest.run_for(WINDOW, RunMode::Continue);
+        spent.as_secs_f64() / (guest.count(0) - before) as f64
     }
 }
 
@@ -142,7 +160,7 @@ fn changes(cpus: usize) -> Vec<f64> {
         }
         started.elapsed().as_secs_f64()
     };
-    (0..TIMED).map(|n| change(n)).collect()
+    (0..TIMED).map(change).collect()
 }
 
 /// How much slower a guest counts with four slots armed that it never hits, in per cent.

@@ -91,3 +91,39 @@ fn beats<T: Send + 'static>(tell: Sender<Beat<T>>) -> Box<dyn Fn(Option<Duration
         let _ = tell.send(limit.map_or(Beat::Left, Beat::Enters));
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_work_gives_is_what_the_caller_gets() {
+        assert_eq!(watched(|_| Ok(7)).unwrap(), 7);
+        assert!(matches!(watched::<()>(|_| Err(ProbeError::Stuck)), Err(ProbeError::Stuck)));
+    }
+
+    #[test]
+    fn a_run_that_takes_too_long_is_told_so() {
+        let rang = watched(|alarm| {
+            alarm.set(Duration::from_millis(1));
+            while !alarm.rang() {
+                thread::yield_now();
+            }
+            alarm.unset();
+            Ok(alarm.rang())
+        });
+        assert!(rang.unwrap());
+    }
+
+    #[test]
+    fn a_short_run_is_left_alone() {
+        let rang = watched(|alarm| {
+            (0..100).for_each(|_| {
+                alarm.set(Duration::from_secs(600));
+                alarm.unset();
+            });
+            Ok(alarm.rang())
+        });
+        assert!(!rang.unwrap());
+    }
+}

@@ -25,7 +25,8 @@ pub(crate) enum Request {
     Resume(RunMode),
     /// Go on as before, if it was a Park that stopped it and not a reason of its own.
     Unpark,
-    /// What was reported at the present pc was never told to anybody: report it again.
+    /// What was reported at the present pc was never told to anybody: report it again, unless a
+    /// handler has heard of it.
     Untell,
     /// All other vCPUs are parked: step over the patch on which this one waits to be alone.
     StepOver,

@@ -81,6 +81,8 @@ struct Told {
     /// instruction is done, whether the breakpoint is still armed or not: without a step nobody
     /// could tell later whether the vCPU never left or has come back (law 13).
     crossing: bool,
+    /// A handler has heard of this crossing, or nobody needs to.
+    counted: bool,
 }
 
 /// What of a vCPU a handler may look at.
@@ -211,7 +213,8 @@ impl<C: Cpu> VcpuThread<C> {
                 Ok(Reply::Done)
             }
             Request::Untell => {
-                self.told = None;
+                // Who has a handler was told; the others, whose stop was dropped, are gone.
+                self.told = self.told.filter(|told| told.counted);
                 Ok(Reply::Done)
             }
             Request::StepOver => {
@@ -521,11 +524,11 @@ impl<C: Cpu> VcpuThread<C> {
         }
         if pass {
             // The instruction is stepped over, as is one whose crossing was told.
-            self.told = Some(Told { pc: exit.pc, crossing: true });
+            self.told = Some(Told { pc: exit.pc, crossing: true, counted: true });
         }
         if !hits.is_empty() && self.is_back(exit.pc) {
             // The crossing that was told goes on; its slot is suspended again, and it is stepped.
-            self.told = Some(Told { pc: exit.pc, crossing: true });
+            self.told = Some(Told { pc: exit.pc, crossing: true, counted: true });
             return;
         }
         let hits = hits.into_iter().map(|(behind, addr)| Found { behind, addr, stored: None });
@@ -565,7 +568,7 @@ impl<C: Cpu> VcpuThread<C> {
         let crossed = self.told.is_some_and(|told| told.crossing);
         let goes_on = self.stepped.as_ref().is_some_and(|stepped| stepped.goes_on_at(pc));
         if crossing || !goes_on {
-            self.told = crossing.then_some(Told { pc, crossing });
+            self.told = crossing.then_some(Told { pc, crossing, counted: false });
         }
         if let Some(arrival) = arrival {
             // The instruction is done too; the hit is the reason that is told.
@@ -577,6 +580,9 @@ impl<C: Cpu> VcpuThread<C> {
             // Whoever was stopped here by a step has seen this crossing; the others have not.
             if gdb_knows && owner.level == Level::Gdb && request.on == Trigger::Execute {
                 continue;
+            }
+            if hit.behind.handler.is_some() && request.on == Trigger::Execute {
+                self.told = self.told.map(|told| Told { counted: true, ..told });
             }
             if self.ask_handler(&hit, pc) == Disposition::Continue {
                 continue;
@@ -679,7 +685,7 @@ impl<C: Cpu> VcpuThread<C> {
             RunMode::StepRange { start, end } => !self.cpu.pc().is_ok_and(|pc| (start..end).contains(&pc)),
         };
         if stop {
-            self.told = self.cpu.pc().ok().map(|pc| Told { pc, crossing: false });
+            self.told = self.cpu.pc().ok().map(|pc| Told { pc, crossing: false, counted: false });
             self.stop(StopReason::Step);
         }
     }

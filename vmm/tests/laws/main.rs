@@ -12,6 +12,7 @@ mod arming;
 mod booted;
 mod clock;
 mod doctor;
+mod fire;
 mod guest;
 mod inquest;
 mod landing;
@@ -51,6 +52,7 @@ fn all() -> Vec<Law> {
         arming::laws(),
         update::laws(),
         once::laws(),
+        fire::laws(),
         over::laws(),
         stop_all::laws(),
         guest::laws(),

@@ -4,14 +4,16 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 use trapline_guests::fixture::{self, cpu_field, user_field};
+use trapline_vmm::boot::ApStart;
 use trapline_vmm::debug::{
     Breakpoint, BreakpointError, Crash, Disposition, Handler, Level, Mechanism, Owner, RunMode, Stop, StopReason,
     Stored, Trigger, VcpuId,
 };
 use trapline_vmm::limits::PAGE_SIZE;
 
+use crate::booted::Booted;
 use crate::clock::wait_for;
-use crate::lane::Need::{DataWatch, Kick, SeveralHits};
+use crate::lane::Need::{DataWatch, Kick, RealModeSlots, SeveralHits};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, name};
 
@@ -43,7 +45,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l66_stores_beside_are_done_and_nobody_is_told, Kick),
         law!(l66_every_store_of_every_vcpu_is_told_exactly_once, Kick),
         law!(l66_watches_come_and_go_while_the_guest_runs, Kick),
-        law!(l67_a_watch_survives_init_by_pages, Kick),
+        law!(l67_a_watch_survives_init_of_the_other_cpu, Kick, RealModeSlots),
         law!(l71_a_release_leaves_no_page_read_only, Kick),
     ]
 }
@@ -434,16 +436,20 @@ fn l65_a_store_of_a_device_is_told_by_pages() {
 }
 
 /// CPU 1 is started by INIT and SIPI again and again; CPU 0 counts each time in a watched place.
-fn l67_a_watch_survives_init_by_pages() {
-    let mut rig = Rig::new(&[Begin::Ring0("ap_restart"), Begin::WaitForSipi]).with_pages();
-    let count = Breakpoint::watch(fixture::cpu_address(0, cpu_field::HITS).unwrap(), 8, Trigger::Write);
-    rig.set(count).unwrap();
-    for n in 1..=5_u64 {
-        let Stop { vcpu, reason, .. } = rig.run_all();
-        assert_eq!((vcpu, &stored_of(&reason).new), (VcpuId(0), &n.to_le_bytes().to_vec()));
+fn l67_a_watch_survives_init_of_the_other_cpu() {
+    let mut guest = Booted::fixture(2, "ap_restart", ApStart::Sipi);
+    let hits = fixture::cpu_address(0, cpu_field::HITS).unwrap();
+    let count = Breakpoint::watch(hits, 8, Trigger::Write);
+    guest.set(count);
+    for n in 0..5 {
+        let stop = guest.run_all();
+        assert!(matches!(stop.reason, StopReason::Watchpoint { request, .. } if request == count), "{stop:?}");
+        assert_eq!((stop.vcpu, guest.word(hits)), (VcpuId(0), n));
     }
-    rig.clear(count).unwrap();
-    assert!(rig.log().is_empty(), "{:x?}", rig.log());
+    guest.clear(count);
+    guest.go();
+    wait_for("it to go on", || (guest.word(hits) > 10).then_some(()));
+    assert_eq!(guest.vm.stop().unwrap().reason, StopReason::Interrupted);
 }
 
 /// Everything that the property `watch` leaves behind, with no watch, and with one on all of both pages.

@@ -54,7 +54,7 @@ impl<C: Cpu> VcpuThread<C> {
             if hits.is_empty() || self.is_back(pc) {
                 // Another linear address of the same byte, which is nobody's (law 57), or the crossing
                 // that was told goes on: it is only to be stepped over.
-                self.told = Some(Told { pc, crossing: true });
+                self.told = Some(Told { pc, crossing: true, counted: true });
             } else {
                 self.triggered(hits, None, pc, mode);
             }
@@ -64,7 +64,7 @@ impl<C: Cpu> VcpuThread<C> {
 
     /// Whether the vCPU stands on a patch that has been told, and so must get off it.
     pub(super) fn stands_on_told_patch(&mut self) -> bool {
-        let Some(Told { pc: told, crossing: true }) = self.told else { return false };
+        let Some(Told { pc: told, crossing: true, .. }) = self.told else { return false };
         !self.image.patches().is_empty() && self.cpu.pc().is_ok_and(|pc| pc == told) && self.patch_under(told).is_some()
     }
 
@@ -85,7 +85,7 @@ impl<C: Cpu> VcpuThread<C> {
     /// With nothing to step over it stays as it is.
     pub(super) fn step_over(&mut self) {
         let (State::Parked, Some(mode)) = (&self.state, self.parked_from) else { return };
-        let Some(Told { pc, crossing: true }) = self.told else { return };
+        let Some(Told { pc, crossing: true, .. }) = self.told else { return };
         let Some(patch) = self.patch_under(pc).filter(|_| self.cpu.pc().is_ok_and(|now| now == pc)) else { return };
         self.state = State::Running(mode);
         if let Err(error) = self.write_byte(patch.gpa, patch.original) {
