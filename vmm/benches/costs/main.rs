@@ -160,7 +160,7 @@ fn changes(cpus: usize) -> Vec<f64> {
         }
         started.elapsed().as_secs_f64()
     };
-    (0..TIMED).map(|n| change(n)).collect()
+    (0..TIMED).map(change).collect()
 }
 
 /// How much slower a guest counts with four slots armed that it never hits, in per cent.

@@ -233,7 +233,7 @@ fn l13_every_watched_store_is_told_exactly_once() {
     for hit in 1..=100 {
         let stop = rig.run_all();
         let reason = StopReason::Watchpoint { request: watch, addr: fixture::WATCH, stored: None };
-        assert_eq!(stop, Stop::new(VcpuId(0), reason), "only CPU 0 stores there");
+        assert_eq!((stop.vcpu, stop.reason), (VcpuId(0), reason), "only CPU 0 stores there");
         assert_eq!(name(rig.pc(0)), name(at("w_own_next")));
         // The store is done, the count behind it not yet.
         assert_eq!((rig.word(fixture::WATCH), rig.field(0, cpu_field::HITS)), (hit, hit - 1));

@@ -77,32 +77,21 @@ pub(super) fn readonly_write(bench: &mut Bench, ring: Ring) -> Result<ReadonlyWr
 /// Guests must not depend on being kicked where kicks may not work. On a host with one processor
 /// that does not take its timer's interrupt either, the sender of the kick would not even run.
 pub(super) fn kick(bench: &mut Bench) -> Result<Kick, Unclear> {
-    const FEW: u64 = 10_000;
     const KICK_AFTER: Duration = Duration::from_millis(5);
-    let mut go_round = |times: u64, limit: Option<Duration>| -> Result<Exit, Unclear> {
+    // On a loaded machine the kick may be late, but hardly by that much.
+    const LONG: Duration = Duration::from_secs(2);
+    let mut times: u64 = 10_000;
+    loop {
         bench.begin(Ring::Kernel, &LOOP)?;
         bench.set_regs(|regs| regs.rcx = times)?;
-        Ok(match limit {
-            Some(limit) => bench.run_for(limit),
-            None => bench.run(),
-        })
-    };
-    let started = Instant::now();
-    let exit = go_round(FEW, None)?;
-    if exit != Exit::End {
-        return Err(Unclear(format!("{exit:x?} in a loop")));
-    }
-    let nanos = started.elapsed().as_nanos().max(1);
-    // Twice: on a loaded machine the kick may be late.
-    for target in [Duration::from_millis(500), Duration::from_secs(2)] {
-        let times = (u128::from(FEW) * target.as_nanos() / nanos).min(u128::from(u32::MAX)) as u64;
-        match go_round(times.max(FEW), Some(KICK_AFTER))? {
+        let started = Instant::now();
+        match bench.run_for(KICK_AFTER) {
             Exit::TooLong => return Ok(Kick::Interrupts),
-            Exit::End => {}
+            Exit::End if started.elapsed() >= LONG => return Ok(Kick::Never),
+            Exit::End => times = times.saturating_mul(4),
             exit => return Err(Unclear(format!("{exit:x?} in a loop"))),
         }
     }
-    Ok(Kick::Never)
 }
 
 /// An exception without a handler.
