@@ -110,7 +110,7 @@ fn heading(host: &Capabilities) -> String {
     let known: Vec<_> = parts.into_iter().filter(|part| !part.is_empty()).collect();
     let text = known.join(", ");
     match text.char_indices().nth(WIDTH - 1) {
-        Some((at, _)) => format!("{}\n\n", &text[..at]),
+        Some((at, _)) => format!("{}\n\n", text[..at].trim_end()),
         None => text + "\n\n",
     }
 }

@@ -41,7 +41,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l66_a_change_that_fails_leaves_no_page_read_only),
         law!(l66_page_tables_can_be_watched),
         law!(l66_a_store_that_kvm_cannot_hand_over_is_said_and_goes_on_without_the_watch),
-        law!(l66_a_frame_that_kvm_cannot_hand_over_is_said),
+        law!(l66_a_frame_that_kvm_cannot_hand_over_is_said, Issue3On(&[Amd])),
         law!(l66_stores_beside_are_done_and_nobody_is_told, Kick),
         law!(l66_every_store_of_every_vcpu_is_told_exactly_once, Kick),
         law!(l66_watches_come_and_go_while_the_guest_runs, Kick),
