@@ -40,7 +40,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l66_memory_and_registers_are_as_without_us),
         law!(l66_what_is_removed_leaves_no_page_read_only),
         law!(l66_a_change_that_fails_leaves_no_page_read_only),
-        law!(l66_page_tables_can_be_watched),
+        law!(l66_page_tables_can_be_watched, Issue3On(&[Amd])),
         law!(l66_a_store_that_kvm_cannot_hand_over_is_said_and_goes_on_without_the_watch),
         law!(l66_a_frame_that_kvm_cannot_hand_over_is_said, Issue3On(&[Amd])),
         law!(l66_stores_beside_are_done_and_nobody_is_told, Kick),
