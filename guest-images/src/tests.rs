@@ -27,6 +27,7 @@ const IMAGES: &[fn() -> Image] = &[
             "i3",
             "i3_long",
             "i3_loop",
+            "int_n_at",
             "nop_hint_0f19",
             "s_int",
             "u_int",
