@@ -361,5 +361,5 @@ fn l37_a_step_off_a_breakpoint_leaves_it_armed_for_the_others() {
         assert!(!rig.spies[other].armed().step, "the other one steps, too");
         assert_eq!(rig.spies[other].armed().dr7, rig.coordinator.image().dr7());
     }
-    assert!(told.iter().all(|&times| times > 10), "{told:?}");
+    assert!(told.iter().all(|&times| times > 0), "{told:?}");
 }
