@@ -46,7 +46,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l49_a_step_lands_on_the_handler_with_all_slots_watching, DataWatch),
         law!(l49_a_breakpoint_on_the_handler_is_told),
         law!(l49_step_over_iret_into_ring_3_lands_there, StepInRing3),
-        law!(l49_step_over_sysret_lands_in_ring_3, Syscall),
+        law!(l49_step_over_sysret_lands_in_ring_3),
         law!(l49_step_over_syscall_lands_at_the_kernels_entry, StepInRing3, Syscall),
         law!(l49_step_over_a_fault_in_ring_3_lands_on_the_handler, StepInRing3),
         law!(l49_step_over_int3_in_ring_3_lands_on_the_handler, StepInRing3),
