@@ -124,7 +124,7 @@ fn line(name: &str, claimed: &str, seen: &str, served: &str) -> String {
 fn item(text: &str) -> String {
     let mut out = String::from("  -");
     let mut column = out.len();
-    for word in text.split(' ') {
+    for word in text.split_whitespace() {
         if column + 1 + word.len() > WIDTH && column > 4 {
             out += "\n   ";
             column = 3;

@@ -32,6 +32,7 @@ const IMAGES: &[fn() -> Image] = &[
             "s_int",
             "u_int",
             "u_int3",
+            "u_sse",
             "u_sse_store",
             "w_movnti",
             "w_sse",

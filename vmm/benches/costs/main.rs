@@ -152,7 +152,7 @@ fn changes(cpus: usize) -> Vec<f64> {
     let mut guest = Guest::new(&vec![Program::COUNT; cpus]);
     let unhit = Breakpoint::exec(PAGE + 0xf00);
     guest.go(RunMode::Continue);
-    let mut change = |n: usize| {
+    let change = |n: usize| {
         let started = Instant::now();
         match n % 2 {
             0 => guest.coordinator.set_breakpoint(Owner::harness(1), unhit).unwrap(),

@@ -303,6 +303,8 @@ impl<C: Cpu> VcpuThread<C> {
         self.settle();
         self.state = State::Parked;
         self.kick_itself_if_needed();
+        // What the guest has at this pc must be known when it goes on.
+        self.look();
         self.arm_to_run()?;
         match self.stepped.take() {
             Some(stepped) => {
