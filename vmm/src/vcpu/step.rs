@@ -23,7 +23,7 @@
 //!
 //! PVM runs 64-bit ring 3 natively and gives a single-step there to the guest. Under an interrupt
 //! shadow it emulates the next instruction, and that can be stepped. What its emulator does not
-//! know is not stepped there: the step is refused with a reason. IRETQ into ring 3 is carried out in place.
+//! know is not stepped there: the step is refused with a reason. IRETQ and SYSRET into ring 3 are carried out in place.
 //!
 //! A vCPU that sleeps, or into which an interrupt is on its way already, first runs freely back to where it
 //! is: then the interrupt's handler is over, and the step can begin.
@@ -38,6 +38,7 @@ use std::io;
 
 use self::effect::{Effect, Kind, decode};
 use self::gate::{Frame, Gates, with_tf};
+pub(crate) use self::iret::Return;
 use super::over::hide_patches;
 use super::{Activity, Arming, Cpu, Registers, Ring3};
 use crate::debug::{DebugExit, DebugImage, Dr6, GuestBreakpoint, Overlay, SLOTS, SlotCondition};
@@ -72,7 +73,7 @@ pub(crate) struct Stepped {
     phase: Phase,
     /// It has to be emulated, for which the vCPU is put into an interrupt shadow.
     in_shadow: bool,
-    /// IRETQ that is carried out in place.
+    /// IRETQ or SYSRET into ring 3 that is carried out in place.
     returns: bool,
     /// Stops within a REP so far.
     iterations: u32,
@@ -205,7 +206,8 @@ impl Stepped {
     /// Finds another way where single-step is not to be had in ring 3; why there is none.
     fn adapt<C: Cpu>(&mut self, cpu: &mut C, registers: &Registers) -> Option<&'static str> {
         let in_ring_3 = registers.cpl() == 3 && is_64_bit(registers);
-        if !in_ring_3 && self.effect.kind != Kind::Iret(8) {
+        let returns = matches!(self.effect.kind, Kind::Iret(8) | Kind::Sysret { wide: true });
+        if !in_ring_3 && !returns {
             return None;
         }
         let ring_3 = cpu.ring_3();
@@ -213,7 +215,8 @@ impl Stepped {
             return None;
         }
         if !in_ring_3 {
-            self.returns = iret::leaves_ring_0(cpu, registers);
+            self.returns =
+                registers.cpl() == 0 && (self.effect.kind != Kind::Iret(8) || iret::leads_to_ring_3(cpu, registers));
             return None;
         }
         if let Kind::Interrupt(_) = self.effect.kind {
@@ -256,6 +259,12 @@ impl Stepped {
                     if cpu.read(registers.rsp, &mut rip[..len]) == len {
                         self.land(u64::from_le_bytes(rip), false);
                     }
+                    &[]
+                }
+                // It loads TF, and that is the guest's: no trap comes behind it.
+                Kind::Sysret { wide } => {
+                    let rip = if wide { registers.rcx } else { registers.rcx & u64::from(u32::MAX) };
+                    self.land(rip, false);
                     &[]
                 }
                 Kind::Syscall => {
@@ -350,9 +359,10 @@ impl Stepped {
         self.in_shadow
     }
 
-    /// Whether it is an IRETQ that is to be carried out in place ([`carry_out_iret`]).
-    pub(crate) fn returns(&self) -> bool {
-        self.returns
+    /// How it is carried out in place, if it is an IRETQ or SYSRET that is to be.
+    pub(crate) fn returns(&self) -> Option<Return> {
+        let by = if self.effect.kind == Kind::Iret(8) { Return::Iret } else { Return::Sysret };
+        self.returns.then_some(by)
     }
 
     /// Whether it is a HLT that is to be carried out in place: a step over it ends with the vCPU
@@ -440,7 +450,7 @@ impl Stepped {
                 // Here and with SYSRET it is the new TF that counts.
                 outcome.owes_trap = outcome.tf;
             }
-            Kind::Sysret => outcome.owes_trap = outcome.tf,
+            Kind::Sysret { .. } => outcome.owes_trap = outcome.tf,
             // Held back until the next instruction is done.
             Kind::LoadSs => outcome.owes_trap = false,
             _ => {}
@@ -478,11 +488,6 @@ impl Placed {
     }
 }
 
-/// Carries out the IRETQ at RIP; whether that was done.
-pub(crate) fn carry_out_iret<C: Cpu>(cpu: &mut C) -> io::Result<bool> {
-    iret::carry_out(cpu)
-}
-
 /// Decodes the instruction at `pc`, as the guest wrote it.
 fn fetch<C: Cpu>(cpu: &mut C, image: &DebugImage, pc: u64, registers: &Registers) -> Effect {
     let mut bytes = [0; MAX_INSTRUCTION];
@@ -496,7 +501,7 @@ fn loaded_tf<C: Cpu>(cpu: &mut C, effect: Effect, registers: &Registers) -> Opti
     let (at, len) = match effect.kind {
         Kind::PopFlags(len) => (0, len),
         Kind::Iret(len) => (2 * len as u64, len),
-        Kind::Sysret => return Some(registers.r11 & TF != 0),
+        Kind::Sysret { .. } => return Some(registers.r11 & TF != 0),
         _ => return None,
     };
     let top = stack_base(registers).wrapping_add(registers.rsp).wrapping_add(at);

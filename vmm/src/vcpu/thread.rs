@@ -21,7 +21,7 @@ use super::cpu::{Arming, Cpu, Exit};
 use super::guest_level::GuestLevel;
 use super::over;
 use super::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
-use super::step::{Arrival, Begun, Crossing, DB, Outcome, Placed, Stepped, carry_out_iret};
+use super::step::{Arrival, Begun, Crossing, DB, Outcome, Placed, Stepped};
 use crate::debug::{
     BP, Breakpoint, Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Dr7, Expectation, GuestState, Hit, INT3,
     Level, Notice, Overlay, Owner, Piece, RunMode, Slot, SlotCondition, SlotOwner, Stop, StopReason, Stored, Trigger,
@@ -453,10 +453,13 @@ impl<C: Cpu> VcpuThread<C> {
     fn is_stepped_in_place(&mut self, entry: &Entry) -> io::Result<bool> {
         let Some(stepped) = self.stepped.as_ref().filter(|_| entry.stepping) else { return Ok(false) };
         let (halts, returns) = (stepped.halts(), stepped.returns());
-        if !(halts || returns) || entry.armed.stops_at(entry.from) || self.patch_under(entry.from).is_some() {
+        if !halts && returns.is_none() || entry.armed.stops_at(entry.from) || self.patch_under(entry.from).is_some() {
             return Ok(false);
         }
-        if halts { self.cpu.halt().map(|()| true) } else { carry_out_iret(&mut self.cpu) }
+        match returns {
+            Some(by) => by.carry_out(&mut self.cpu),
+            None => self.cpu.halt().map(|()| true),
+        }
     }
 
     fn handle(&mut self, mut exit: Exit, entry: &Entry, mode: RunMode) {

@@ -6,7 +6,7 @@ use trapline_vmm::debug::{Breakpoint, RunMode, StopReason, Trigger, VcpuId};
 use trapline_vmm::vcpu::Activity;
 
 use crate::lane::Flavour::Pvm;
-use crate::lane::Need::{DataWatch, Issue3On, StepInRing3, Syscall};
+use crate::lane::Need::{DataWatch, StepInRing3, Syscall};
 use crate::lane::flavour;
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, name};
@@ -37,7 +37,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l45_a_stepped_pushf_behind_mov_ss_stores_no_trap_flag),
         law!(l45_a_step_leaves_no_trap_flag_to_what_comes_later),
         law!(l45_a_guest_cannot_tell_that_it_is_stepped),
-        law!(l45_a_guest_in_ring_3_cannot_tell_that_it_is_stepped, StepInRing3, Issue3On(&[Pvm])),
+        law!(l45_a_guest_in_ring_3_cannot_tell_that_it_is_stepped, StepInRing3),
         law!(l46_popf_that_sets_tf_under_a_step),
         law!(l46_a_guest_that_steps_itself_may_be_stepped_anywhere),
         law!(l46_a_breakpoint_where_the_guest_steps_itself),
@@ -45,10 +45,10 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l49_a_step_lands_on_the_handler_with_all_slots_taken),
         law!(l49_a_step_lands_on_the_handler_with_all_slots_watching, DataWatch),
         law!(l49_a_breakpoint_on_the_handler_is_told),
-        law!(l49_step_over_iret_into_ring_3_lands_there, StepInRing3, Issue3On(&[Pvm])),
-        law!(l49_step_over_sysret_lands_in_ring_3, Syscall),
+        law!(l49_step_over_iret_into_ring_3_lands_there, StepInRing3),
+        law!(l49_step_over_sysret_lands_in_ring_3),
         law!(l49_step_over_syscall_lands_at_the_kernels_entry, StepInRing3, Syscall),
-        law!(l49_step_over_a_fault_in_ring_3_lands_on_the_handler, StepInRing3, Issue3On(&[Pvm])),
+        law!(l49_step_over_a_fault_in_ring_3_lands_on_the_handler, StepInRing3),
         law!(l49_step_over_int3_in_ring_3_lands_on_the_handler, StepInRing3),
         law!(l49_a_step_in_ring_3_is_made_or_refused),
         law!(l52_a_step_of_a_sleeping_vcpu_waits_for_its_interrupt),

@@ -36,8 +36,10 @@ pub(super) enum Kind {
     Iret(usize),
     /// Stores RFLAGS in R11 and goes to LSTAR.
     Syscall,
-    /// Loads RFLAGS from R11.
-    Sysret,
+    /// Loads RFLAGS from R11 and goes to RCX; `wide`: into 64-bit code.
+    Sysret {
+        wide: bool,
+    },
     /// Raises this vector, RIP behind the instruction.
     Interrupt(u8),
     /// Raises #DE now and then.
@@ -90,7 +92,7 @@ fn kind(instruction: &Instruction, cpl: u8) -> Kind {
         Code::Iretd => Kind::Iret(4),
         Code::Iretw => Kind::Iret(2),
         Code::Syscall => Kind::Syscall,
-        Code::Sysretd | Code::Sysretq => Kind::Sysret,
+        Code::Sysretd | Code::Sysretq => Kind::Sysret { wide: instruction.code() == Code::Sysretq },
         Code::Int1 => Kind::Interrupt(1),
         Code::Int3 => Kind::Interrupt(3),
         Code::Into => Kind::Interrupt(4),
@@ -217,8 +219,8 @@ mod tests {
         assert_eq!(kind(&[0xcf]), Kind::Iret(4));
         assert_eq!(kind(&[0x66, 0xcf]), Kind::Iret(2));
         assert_eq!(kind(&[0x0f, 0x05]), Kind::Syscall);
-        assert_eq!(kind(&[0x48, 0x0f, 0x07]), Kind::Sysret);
-        assert_eq!(kind(&[0x0f, 0x07]), Kind::Sysret);
+        assert_eq!(kind(&[0x48, 0x0f, 0x07]), Kind::Sysret { wide: true });
+        assert_eq!(kind(&[0x0f, 0x07]), Kind::Sysret { wide: false });
     }
 
     #[test]
