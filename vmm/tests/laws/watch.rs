@@ -441,7 +441,7 @@ fn l67_a_watch_survives_init_of_the_other_cpu() {
     let hits = fixture::cpu_address(0, cpu_field::HITS).unwrap();
     let count = Breakpoint::watch(hits, 8, Trigger::Write);
     guest.set(count);
-    for n in 0..5 {
+    for n in 1..=5 {
         let stop = guest.run_all();
         assert!(matches!(stop.reason, StopReason::Watchpoint { request, .. } if request == count), "{stop:?}");
         assert_eq!((stop.vcpu, guest.word(hits)), (VcpuId(0), n));
