@@ -110,7 +110,7 @@ fn heading(host: &Capabilities) -> String {
     let known: Vec<_> = parts.into_iter().filter(|part| !part.is_empty()).collect();
     let text = known.join(", ");
     match text.char_indices().nth(WIDTH - 1) {
-        Some((at, _)) => format!("{}\n\n", &text[..at]),
+        Some((at, _)) => format!("{}\n\n", text[..at].trim_end()),
         None => text + "\n\n",
     }
 }
@@ -124,7 +124,7 @@ fn line(name: &str, claimed: &str, seen: &str, served: &str) -> String {
 fn item(text: &str) -> String {
     let mut out = String::from("  -");
     let mut column = out.len();
-    for word in text.split(' ') {
+    for word in text.split_whitespace() {
         if column + 1 + word.len() > WIDTH && column > 4 {
             out += "\n   ";
             column = 3;

@@ -49,7 +49,7 @@ pub(crate) fn stop_reply(stop: &Stop, software: bool, offer: Offer, registers: O
             let inside = addr.checked_sub(request.addr).is_some_and(|offset| offset < request.len);
             (Signal::Trap, Cause::Watch(request.on, if inside { *addr } else { request.addr }))
         }
-        StopReason::Step => (Signal::Trap, Cause::None),
+        StopReason::Step | StopReason::CannotStep(_) => (Signal::Trap, Cause::None),
         StopReason::Interrupted => (Signal::Int, Cause::None),
         StopReason::GuestExit(_) | StopReason::GuestShutdown { .. } => (Signal::Term, Cause::None),
         StopReason::GuestPanic => (Signal::Abort, Cause::None),
@@ -146,6 +146,7 @@ pub(crate) fn words(stop: &Stop) -> Option<String> {
         StopReason::Ended(Ending::Shutdown) => "the run is over: the guest shut down".to_owned(),
         StopReason::Ended(Ending::Crash(crash)) => format!("the run is over: {crash}"),
         StopReason::Ended(Ending::Killed) => "the run is over: killed".to_owned(),
+        StopReason::CannotStep(why) => format!("{vcpu} cannot be stepped: {why}"),
         StopReason::Breakpoint(_) | StopReason::Watchpoint { .. } | StopReason::Step | StopReason::Interrupted => {
             return None;
         }
@@ -198,6 +199,7 @@ mod tests {
             (watch(Trigger::Read), "T05thread:p1.b;core:a;rwatch:1008;"),
             (watch(Trigger::Access), "T05thread:p1.b;core:a;awatch:1008;"),
             (StopReason::Step, "T05thread:p1.b;core:a;"),
+            (StopReason::CannotStep("why"), "T05thread:p1.b;core:a;"),
             (StopReason::Interrupted, "T02thread:p1.b;core:a;"),
             (StopReason::GuestExit(3), "T0fthread:p1.b;core:a;"),
             (StopReason::GuestShutdown { reset: true }, "T0fthread:p1.b;core:a;"),

@@ -357,10 +357,10 @@ fn gdb_is_refused_a_fifth_breakpoint() {
         &output,
         &[
             "Cannot insert hardware breakpoint",
-            "0 of 4 are free; delete a breakpoint or watchpoint first",
+            "free 0 of 4; delete a breakpoint or watchpoint first",
             "Command aborted.",
             "hit Breakpoint 2, 0x0000000000001002",
-            "0 of 4 are free; delete a breakpoint or watchpoint first",
+            "free 0 of 4; delete a breakpoint or watchpoint first",
             "hit Breakpoint 7, 0x0000000000001100",
         ],
     );

@@ -198,6 +198,8 @@ pub mod flag {
     pub const KEEP_DR6: u64 = 2;
     /// Clear TF in the frame.
     pub const CLEAR_TF: u64 = 4;
+    /// #PF on the hole: sleep until an interrupt comes before it is mapped.
+    pub const SLEEP: u64 = 8;
 }
 
 const CPU_BLOCK_SIZE: u64 = 256;

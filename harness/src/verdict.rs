@@ -42,9 +42,11 @@ impl Verdict {
             StopReason::GuestPanic => Some(Verdict::Panicked),
             StopReason::Crash(crash) => Some(Verdict::Died(crash.clone())),
             StopReason::Ended(ending) => Some(Verdict::from(ending)),
-            StopReason::Breakpoint(_) | StopReason::Watchpoint { .. } | StopReason::Step | StopReason::Interrupted => {
-                None
-            }
+            StopReason::Breakpoint(_)
+            | StopReason::Watchpoint { .. }
+            | StopReason::Step
+            | StopReason::CannotStep(_)
+            | StopReason::Interrupted => None,
         }
     }
 }

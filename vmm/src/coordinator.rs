@@ -804,6 +804,7 @@ fn ending_of(reason: &StopReason) -> Option<Ending> {
         StopReason::Breakpoint(_)
         | StopReason::Watchpoint { .. }
         | StopReason::Step
+        | StopReason::CannotStep(_)
         | StopReason::Interrupted
         | StopReason::GuestPanic => None,
     }

@@ -221,6 +221,10 @@ impl Cpu for ModelCpu {
         0
     }
 
+    fn exchange(&mut self, _: u64, _: &[u8], _: &mut [u8]) -> usize {
+        0
+    }
+
     fn write(&mut self, _: u64, _: &[u8]) -> bool {
         false
     }

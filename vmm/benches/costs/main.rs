@@ -152,7 +152,7 @@ fn changes(cpus: usize) -> Vec<f64> {
     let mut guest = Guest::new(&vec![Program::COUNT; cpus]);
     let unhit = Breakpoint::exec(PAGE + 0xf00);
     guest.go(RunMode::Continue);
-    let mut change = |n: usize| {
+    let change = |n: usize| {
         let started = Instant::now();
         match n % 2 {
             0 => guest.coordinator.set_breakpoint(Owner::harness(1), unhit).unwrap(),
@@ -160,7 +160,7 @@ fn changes(cpus: usize) -> Vec<f64> {
         }
         started.elapsed().as_secs_f64()
     };
-    (0..TIMED).map(|n| change(n)).collect()
+    (0..TIMED).map(change).collect()
 }
 
 /// How much slower a guest counts with four slots armed that it never hits, in per cent.

@@ -11,13 +11,13 @@
 //! so a request of a higher level evicts the youngest of a lower one, and what
 //! was evicted comes back by itself when there is room again. Either is told as a [`Notice`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     Breakpoint, BreakpointError, Change, DebugImage, Epoch, Handler, INT3, Level, Mechanism, Offer, Owner, Patch,
     Piece, Place, SLOTS, Slot, SlotCondition, SlotLen, SlotOwner, Trigger, WatchedRange,
 };
-use crate::limits::MAX_WATCHED;
+use crate::limits::{MAX_WATCHED, PAGE_SIZE};
 
 /// An aligned piece of a request: what one slot can cover.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,9 +123,10 @@ impl SlotTable {
         self.held.iter().find(|held| (held.owner, held.request) == (owner, request)).and_then(|held| held.served)
     }
 
-    /// Whether something of this kind may be served in guest memory, and so needs a [`Place`].
+    /// Whether it matters where a request of this kind lies in guest memory: it may be served there,
+    /// or stand in a page that becomes read-only for another.
     pub fn wants_place(&self, request: Breakpoint) -> bool {
-        by_patch(request, self.offer) || by_pages(request, self.offer)
+        by_patch(request, self.offer) || self.offer.pages && request.on.is_watch()
     }
 
     /// Prepares all of `changes` as one. `Ok(None)`: there is nothing to do, because each sets what its
@@ -225,7 +226,7 @@ impl SlotTable {
             let why = format!("this host's KVM accepts data watchpoints and never triggers them{instead}");
             return BreakpointError::Unsupported { request, why };
         }
-        if self.wants_place(request) {
+        if by_patch(request, self.offer) || by_pages(request, self.offer) {
             return match &refused.place {
                 Some(place) if place.original == INT3 && !request.on.is_watch() => BreakpointError::Invalid {
                     request,
@@ -337,16 +338,24 @@ impl SlotTable {
     }
 
     fn ranges(&self) -> Vec<WatchedRange> {
-        let mut ranges = Vec::new();
-        for held in self.served_by(Mechanism::Pages) {
-            let mut addr = held.request.addr;
-            for &Piece { gpa, len } in held.place.iter().flat_map(|place| &place.pieces) {
-                ranges.push(WatchedRange { gpa, len, addr, behind: held.behind() });
-                addr = addr.wrapping_add(len);
-            }
-        }
+        let mut ranges: Vec<WatchedRange> = self.served_by(Mechanism::Pages).flat_map(pieces_of).collect();
+        let pages: BTreeSet<u64> = ranges.iter().map(|range| range.gpa / PAGE_SIZE).collect();
+        // A store to a read-only page is not made by the processor, so that no slot sees it (law 65).
+        let watches = self.served_by(Mechanism::Slots).filter(|held| held.request.on.is_watch());
+        ranges.extend(watches.flat_map(pieces_of).filter(|range| pages.contains(&(range.gpa / PAGE_SIZE))));
         ranges
     }
+}
+
+/// The pieces of a request in guest-physical memory, each with its linear address.
+fn pieces_of(held: &Held) -> Vec<WatchedRange> {
+    let mut addr = held.request.addr;
+    let piece = |&Piece { gpa, len }: &Piece| {
+        let range = WatchedRange { gpa, len, addr, behind: held.behind() };
+        addr = addr.wrapping_add(len);
+        range
+    };
+    held.place.iter().flat_map(|place| &place.pieces).map(piece).collect()
 }
 
 /// Whether an execution breakpoint may be served by a patch.
@@ -442,7 +451,6 @@ fn split(request: Breakpoint) -> Result<Vec<Chunk>, BreakpointError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::PAGE_SIZE;
     use proptest::prelude::*;
 
     const GDB: Owner = Owner::GDB;
@@ -712,6 +720,21 @@ mod tests {
     }
 
     #[test]
+    fn l65_a_slot_on_a_read_only_page_is_served_by_the_page_as_well() {
+        let mut table = SlotTable::new(EVERYTHING);
+        let watch = |gpa, len, on| {
+            let request = Breakpoint::watch(LINEAR + gpa, len, on);
+            Change::Set { owner: GDB, request, handler: None, place: mapped(gpa, len, 0) }
+        };
+        let image = change(&mut table, &[watch(0x1008, 8, Trigger::Access), watch(0x5000, 8, Trigger::Write)]).unwrap();
+        assert!(image.ranges().is_empty());
+        let image = change(&mut table, &[watch(0x1100, 100, Trigger::Write)]).unwrap();
+        assert_eq!(image.pages(), [0x1000].into());
+        assert_eq!(image.ranges_in(0x100c, 1).map(|range| range.addr).collect::<Vec<_>>(), [LINEAR + 0x1008]);
+        assert_eq!(image.ranges().len(), 2, "nothing for the page that stays writable");
+    }
+
+    #[test]
     fn l27_an_evicted_breakpoint_goes_on_as_a_patch_where_that_serves() {
         let mut table = SlotTable::new(EVERYTHING);
         let harness = |n| Change::Set {
@@ -847,6 +870,8 @@ mod tests {
                             .filter(|(_, r)| r.on == on && byte >= r.addr - LINEAR && byte - (r.addr - LINEAR) < r.len).collect();
                         asked.sort();
                         served.sort();
+                        // A slot on a read-only page is served by the page as well.
+                        served.dedup();
                         prop_assert_eq!(&*served, &asked, "byte {:#x}", byte);
                     }
                 }

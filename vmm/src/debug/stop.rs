@@ -76,6 +76,9 @@ pub enum StopReason {
     },
     /// The single step is done.
     Step,
+    /// The single step that was asked for cannot be made on this host; nothing has run. Why, and
+    /// what to do instead.
+    CannotStep(&'static str),
     /// Somebody asked for a stop (Ctrl-C, attach, a library call).
     Interrupted,
     /// The guest wrote this value to the exit port 0xf4. It can be inspected; resuming ends the run.

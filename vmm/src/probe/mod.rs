@@ -2,7 +2,7 @@
 //!
 //! KVM reports the same capability bits on flavours where a data watchpoint is accepted and never
 //! fires. So each question is put to a tiny guest that does the thing, on a virtual machine of its
-//! own ([`capabilities`]): `bench` is that machine, `guests` are the guests, `questions` ask, and
+//! own ([`capabilities()`]): `bench` is that machine, `guests` are the guests, `questions` ask, and
 //! `alarm` sees to it that no guest can hold the asker. The answers are kept for as long as
 //! the kernel, the KVM module and the processor stay the same (`cache`).
 
@@ -76,7 +76,7 @@ pub fn capabilities() -> Result<Capabilities, ProbeError> {
     Ok(known.insert(found).clone())
 }
 
-/// As [`capabilities`], but always by trying it out; the cache is written anew.
+/// As [`capabilities()`], but always by trying it out; the cache is written anew.
 pub fn capabilities_afresh() -> Result<Capabilities, ProbeError> {
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     let found = ask_and_save(HostIdentity::of_this_host())?;

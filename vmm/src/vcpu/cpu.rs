@@ -100,6 +100,18 @@ pub struct Standing {
     pub fetched: usize,
 }
 
+/// What KVM_GUESTDBG_SINGLESTEP does in 64-bit ring 3.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ring3 {
+    /// It steps.
+    Steps,
+    /// The guest gets a #DB of ours, unless there is an interrupt shadow: then KVM emulates the
+    /// instruction and steps it.
+    StepsInShadow,
+    /// The guest gets a #DB of ours, or nobody does.
+    Never,
+}
+
 /// One vCPU, as its own thread sees it. Every method is called on that thread only (law 1).
 pub trait Cpu {
     /// Called once, when the thread begins.
@@ -202,6 +214,26 @@ pub trait Cpu {
     /// Moves a vCPU that is [`standing`](Self::standing) on to the registers after its instruction.
     fn advance(&mut self, _to: &General) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// What single-step does in ring 3.
+    fn ring_3(&mut self) -> Ring3 {
+        Ring3::Steps
+    }
+
+    /// Puts the vCPU into an interrupt shadow, as MOV SS does.
+    fn cast_shadow(&mut self) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// NMIs may come again, as after IRET.
+    fn unmask_nmi(&mut self) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Whether an interrupt or NMI is on its way into the guest already, which nothing holds back.
+    fn has_interrupt_on_its_way(&mut self) -> io::Result<bool> {
+        Ok(false)
     }
 
     /// Called before the first entry after a park: tells a paravirtual clock that time was stolen.

@@ -128,3 +128,93 @@ fn general_register(registers: &mut Registers, name: Register) -> Option<&mut u6
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VALUES: [u64; 6] = [0, 0x400, 0xffff_0ff1, 0xffff_ffff, 1 << 32, u64::MAX];
+
+    /// A vCPU in 64-bit mode, each general register with a value of its own.
+    fn registers(cpl: u8, de: bool) -> Registers {
+        let mut registers = Registers { efer: LMA, rip: 0x1000, rflags: 0x2 | RF, ..Registers::default() };
+        (registers.cs.attributes, registers.ss.attributes) = (CS_L, u32::from(cpl) << 5);
+        registers.cr4 = if de { CR4_DE } else { 0 };
+        registers
+    }
+
+    fn general(registers: &Registers) -> [u64; 16] {
+        let Registers { rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15, .. } = *registers;
+        [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15]
+    }
+
+    /// The general register with this number of the encoding.
+    fn set(registers: &mut Registers, n: usize, value: u64) {
+        let Registers { rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15, .. } = registers;
+        *[rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15][n] = value;
+    }
+
+    /// All sixteen general registers, all sixteen numbers of a debug register, both directions.
+    #[test]
+    fn l30_every_access_is_carried_out_as_the_processor_does() {
+        let own = GuestRegisters { db: [0x11, 0x22, 0x33, 0x44], dr6: 0xffff_4ff1, dr7: 0x455 };
+        for (number, gpr, writes, value) in (0u8..16)
+            .flat_map(|number| (0u8..16).map(move |gpr| (number, gpr)))
+            .flat_map(|(number, gpr)| [false, true].map(|writes| (number, gpr, writes)))
+            .flat_map(|(number, gpr, writes)| VALUES.map(|value| (number, gpr, writes, value)))
+        {
+            for (cpl, de, gd) in [(0, false, false), (0, true, false), (0, false, true), (3, false, true)] {
+                let opcode = if writes { 0x23 } else { 0x21 };
+                let code = [0x40 | number >> 3 << 2 | gpr >> 3, 0x0f, opcode, 0xc0 | (number & 7) << 3 | gpr & 7];
+                let mut before = registers(cpl, de);
+                set(&mut before, gpr.into(), value);
+                let own = GuestRegisters { dr7: own.dr7 | if gd { 1 << 13 } else { 0 }, ..own };
+                let (mut after, mut own_after) = (before, own);
+                let access = carry_out(&code, &mut after, &mut own_after);
+                let exists = !(de && (number == 4 || number == 5));
+                let upper_half = writes && number >= 4 && value >> 32 != 0;
+                let expected = match (exists, cpl, gd) {
+                    // No such encoding: the processor raises #UD before it could exit.
+                    _ if number >= 8 => Access::Other,
+                    (false, ..) => Access::Undefined,
+                    (_, 3, _) => Access::Protected,
+                    (.., true) => Access::Detected,
+                    _ if upper_half => Access::Protected,
+                    _ => Access::Done,
+                };
+                assert_eq!(access, expected, "{code:x?} {value:#x} cpl {cpl} de {de} gd {gd}");
+                if access != Access::Done {
+                    assert_eq!((after, own_after), (before, own), "{code:x?} changed something");
+                    continue;
+                }
+                assert_eq!((after.rip, after.rflags), (0x1004, 0x2));
+                let number = if number == 4 || number == 5 { number + 2 } else { number };
+                let mut wanted = own;
+                let mut moved = general(&before);
+                match (writes, number) {
+                    (true, 6) => wanted.dr6 = 0xffff_0ff0 | value & 0xe00f,
+                    (true, 7) => wanted.dr7 = 0x400 | value & 0xffff_2bff,
+                    (true, n) => wanted.db[usize::from(n)] = value,
+                    (false, 6) => moved[usize::from(gpr)] = own.dr6,
+                    (false, 7) => moved[usize::from(gpr)] = own.dr7,
+                    (false, n) => moved[usize::from(gpr)] = own.db[usize::from(n)],
+                }
+                assert_eq!((own_after, general(&after)), (wanted, moved), "{code:x?} {value:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn other_instructions_and_other_modes() {
+        let mut own = GuestRegisters { db: [0x1_2345_6789, 0, 0, 0], dr6: 0, dr7: 0x400 };
+        for other in [&[0x90][..], &[0x0f, 0x21], &[0x0f, 0x20, 0xc0], &[], &[0xf0, 0x0f, 0x21, 0xc0]] {
+            assert_eq!(carry_out(other, &mut registers(0, false), &mut own), Access::Other, "{other:x?}");
+        }
+        // 32-bit code: half of the register.
+        let mut legacy =
+            Registers { cs: crate::vcpu::Segment { attributes: CS_D, ..Default::default() }, ..Registers::default() };
+        legacy.rip = 0xffff_fffd;
+        assert_eq!(carry_out(&[0x0f, 0x21, 0xc0], &mut legacy, &mut own), Access::Done);
+        assert_eq!((legacy.rax, legacy.rip), (0x2345_6789, 0));
+    }
+}

@@ -1,7 +1,7 @@
 //! The guest's own debug registers, as the thread of its vCPU looks after them (laws 30-35).
 //!
 //! The guest's breakpoints are copied into the slots that the image leaves free
-//! ([`Overlay`](crate::debug::Overlay)). For that the thread must know what the guest writes to
+//! ([`Overlay`]). For that the thread must know what the guest writes to
 //! its debug registers, and flavours of KVM differ:
 //!
 //! - where DR7.GD in the overlay makes such an access exit (VT-x), it is carried out here, and
@@ -179,18 +179,18 @@ impl GuestLevel {
         }
         let mut news = Vec::new();
         let wanted = self.remembered.breakpoints();
-        for index in 0..SLOTS {
+        for (index, (said_lost, wanted)) in self.said_lost.iter_mut().zip(wanted).enumerate() {
             let is_lost = overlay.lost() & (1 << index) != 0;
-            match (self.said_lost[index], wanted[index]) {
+            match (*said_lost, wanted) {
                 (None, Some(lost)) if is_lost => {
                     news.push((lost, Served::No));
-                    self.said_lost[index] = Some(lost);
+                    *said_lost = Some(lost);
                 }
                 (Some(said), now) if !is_lost && self.said_for != epoch => {
                     if now == Some(said) {
                         news.push((said, Served::Again));
                     }
-                    self.said_lost[index] = None;
+                    *said_lost = None;
                 }
                 _ => {}
             }

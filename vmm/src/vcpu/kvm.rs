@@ -23,12 +23,13 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::synced::SyncedFd;
 use super::xsave::{put_fpu, to_fpu};
-use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Raised, Registers, Segment, Standing, kick};
+use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Raised, Registers, Ring3, Segment, Standing, kick};
 use crate::debug::{Crash, DebugExit, DebugImage, Dr6, GENERAL_DETECT, General, GuestRegisters, StopReason};
 use crate::devices::{Bus, DeviceEvent};
 use crate::limits::LOOK_INTERVAL;
 use crate::memory::{DeviceStore, GuestRam};
 use crate::paging::{Paging, exchange_physical, read_physical, write_all_physical};
+use crate::probe::Step;
 
 const MSR_STAR: u32 = 0xc000_0081;
 const MSR_LSTAR: u32 = 0xc000_0082;
@@ -466,6 +467,36 @@ impl Cpu for KvmCpu {
     fn advance(&mut self, to: &General) -> io::Result<()> {
         self.fd.set_regs_at_entry(&from_general(to));
         Ok(())
+    }
+
+    fn ring_3(&mut self) -> Ring3 {
+        // Without an answer: what KVM promises.
+        crate::probe::capabilities().map_or(Ring3::Steps, |can| match (can.seen.ss_cpl3, can.seen.ss_cpl3_shadow) {
+            (Step::ToGuest | Step::Never, Step::Exact) => Ring3::StepsInShadow,
+            (Step::ToGuest | Step::Never, _) => Ring3::Never,
+            _ => Ring3::Steps,
+        })
+    }
+
+    fn cast_shadow(&mut self) -> io::Result<()> {
+        let mut events = self.fd.get_vcpu_events()?;
+        events.interrupt.shadow = 1;
+        events.flags |= KVM_VCPUEVENT_VALID_SHADOW;
+        Ok(self.fd.set_vcpu_events(&events)?)
+    }
+
+    fn unmask_nmi(&mut self) -> io::Result<()> {
+        let mut events = self.fd.get_vcpu_events()?;
+        if events.nmi.masked == 0 {
+            return Ok(());
+        }
+        events.nmi.masked = 0;
+        Ok(self.fd.set_vcpu_events(&events)?)
+    }
+
+    fn has_interrupt_on_its_way(&mut self) -> io::Result<bool> {
+        let events = self.fd.get_vcpu_events()?;
+        Ok(events.interrupt.injected | events.nmi.injected != 0)
     }
 
     fn resumed(&mut self) {

@@ -21,6 +21,6 @@ pub(crate) mod thread;
 mod unserved;
 mod xsave;
 
-pub use cpu::{Arming, Cpu, Exit, Raised, Standing};
+pub use cpu::{Arming, Cpu, Exit, Raised, Ring3, Standing};
 pub use kvm::{ArmHook, KvmCpu};
 pub use registers::{Activity, DescriptorTable, Fpu, Registers, Segment};

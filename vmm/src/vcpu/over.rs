@@ -23,7 +23,7 @@ pub(crate) fn in_place<C: Cpu>(cpu: &mut C, image: &DebugImage, pc: u64) -> io::
 }
 
 /// Puts what the guest has there in place of the INT3s that are ours.
-fn hide_patches<C: Cpu>(cpu: &mut C, image: &DebugImage, pc: u64, code: &mut [u8]) {
+pub(crate) fn hide_patches<C: Cpu>(cpu: &mut C, image: &DebugImage, pc: u64, code: &mut [u8]) {
     if image.patches().is_empty() {
         return;
     }

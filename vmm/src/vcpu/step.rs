@@ -21,16 +21,25 @@
 //! armed, the step of an instruction that raises an exception ends where this KVM ends it: on AMD
 //! and Intel one instruction behind the return from the handler, on PVM one behind its entry.
 //!
+//! PVM runs 64-bit ring 3 natively and gives a single-step there to the guest. Under an interrupt
+//! shadow it emulates the next instruction, and that can be stepped. What its emulator does not
+//! know is not stepped there: the step is refused with a reason. IRETQ into ring 3 is carried out in place.
+//!
+//! A vCPU that sleeps, or into which an interrupt is on its way already, first runs freely back to where it
+//! is: then the interrupt's handler is over, and the step can begin.
+//!
 //! All of this holds in long mode. Real mode and 32-bit guests are stepped as their KVM does it.
 
 mod effect;
 mod gate;
+mod iret;
 
 use std::io;
 
 use self::effect::{Effect, Kind, decode};
 use self::gate::{Frame, Gates, with_tf};
-use super::{Activity, Arming, Cpu, Registers};
+use super::over::hide_patches;
+use super::{Activity, Arming, Cpu, Registers, Ring3};
 use crate::debug::{DebugExit, DebugImage, Dr6, GuestBreakpoint, Overlay, SLOTS, SlotCondition};
 
 /// RFLAGS.TF.
@@ -61,7 +70,11 @@ pub(crate) struct Stepped {
     loads: [Option<bool>; 2],
     landings: Vec<Landing>,
     phase: Phase,
-    /// Iterations of a REP so far.
+    /// It has to be emulated, for which the vCPU is put into an interrupt shadow.
+    in_shadow: bool,
+    /// IRETQ that is carried out in place.
+    returns: bool,
+    /// Stops within a REP so far.
     iterations: u32,
     /// RSP, CS and CR3 at the start: whose instruction it is.
     context: Context,
@@ -76,6 +89,15 @@ enum Phase {
     Waiting,
     /// By single steps, with interrupts let through: it sleeps, and no slot is left.
     WaitingUnwatched,
+    /// Freely, to the handler of the exception that the instruction raises.
+    Raising,
+}
+
+/// What a step begins as.
+pub(crate) enum Begun {
+    Step(Stepped),
+    /// It cannot be made on this host; why.
+    Refused(&'static str),
 }
 
 /// Where the vCPU may come by something else than the end of the instruction.
@@ -144,17 +166,12 @@ impl Crossing {
 impl Stepped {
     /// Looks at the instruction at `pc`, which is to be stepped. `event`: this exception is
     /// delivered to the guest before anything else.
-    pub(crate) fn begin<C: Cpu>(cpu: &mut C, pc: u64, event: Option<u8>) -> io::Result<Self> {
+    pub(crate) fn begin<C: Cpu>(cpu: &mut C, image: &DebugImage, pc: u64, event: Option<u8>) -> io::Result<Begun> {
         let registers = cpu.state()?;
-        let mut bytes = [0; MAX_INSTRUCTION];
-        let got = cpu.read(pc, &mut bytes);
-        let effect = decode(&bytes[..got], pc, &registers);
-        let covered = (effect.kind == Kind::LoadSs).then(|| {
-            let got = cpu.read(effect.behind, &mut bytes);
-            decode(&bytes[..got], effect.behind, &registers)
-        });
-        let sleeps = event.is_none() && cpu.activity()? == Activity::Halted;
-        let phase = if sleeps { Phase::Waiting } else { Phase::Stepping };
+        let effect = fetch(cpu, image, pc, &registers);
+        let covered = (effect.kind == Kind::LoadSs).then(|| fetch(cpu, image, effect.behind, &registers));
+        let waits = event.is_none() && (cpu.activity()? == Activity::Halted || cpu.has_interrupt_on_its_way()?);
+        let phase = if waits { Phase::Waiting } else { Phase::Stepping };
         let context =
             Context { rsp: registers.rsp, cs: registers.cs.selector, cr3: registers.cr3, base: registers.cs.base };
         let mut stepped = Stepped {
@@ -165,16 +182,59 @@ impl Stepped {
             loads: [None; 2],
             landings: Vec::new(),
             phase,
+            in_shadow: false,
+            returns: false,
             iterations: 0,
             context,
         };
+        if phase == Phase::Stepping
+            && event.is_none()
+            && let Some(why) = stepped.adapt(cpu, &registers)
+        {
+            return Ok(Begun::Refused(why));
+        }
         stepped.loads = [Some(effect), covered].map(|effect| loaded_tf(cpu, effect?, &registers));
         if phase == Phase::Waiting {
             stepped.land(pc, false);
         } else {
             stepped.foresee(cpu, &registers, event)?;
         }
-        Ok(stepped)
+        Ok(Begun::Step(stepped))
+    }
+
+    /// Finds another way where single-step is not to be had in ring 3; why there is none.
+    fn adapt<C: Cpu>(&mut self, cpu: &mut C, registers: &Registers) -> Option<&'static str> {
+        let in_ring_3 = registers.cpl() == 3 && is_64_bit(registers);
+        if !in_ring_3 && self.effect.kind != Kind::Iret(8) {
+            return None;
+        }
+        let ring_3 = cpu.ring_3();
+        if ring_3 == Ring3::Steps {
+            return None;
+        }
+        if !in_ring_3 {
+            self.returns = iret::leaves_ring_0(cpu, registers);
+            return None;
+        }
+        if let Kind::Interrupt(_) = self.effect.kind {
+            self.phase = Phase::Raising;
+            return None;
+        }
+        let known = self.effect.is_emulated && self.covered.is_none_or(|effect| effect.is_emulated);
+        match ring_3 {
+            Ring3::StepsInShadow if known => {
+                self.in_shadow = true;
+                None
+            }
+            Ring3::StepsInShadow => Some(
+                "this host's KVM runs user code natively and cannot emulate this instruction; \
+                 set a breakpoint in the kernel and continue",
+            ),
+            Ring3::Steps | Ring3::Never => Some(
+                "this host's KVM runs user code natively and reports no steps of it; \
+                 set a breakpoint in the kernel and continue",
+            ),
+        }
     }
 
     /// Finds out where the instruction may lead that a single step would miss.
@@ -209,7 +269,9 @@ impl Stepped {
                 _ => &[],
             };
             // What any instruction may raise, the likeliest first: there are four slots at best.
-            for &vector in vectors.iter().chain(&[PF, GP, UD, NP]) {
+            // One that only raises it runs freely, and others may come by their handlers.
+            let others: &[u8] = if self.phase == Phase::Raising { &[] } else { &[PF, GP, UD, NP] };
+            for &vector in vectors.iter().chain(others) {
                 if let Some(handler) = gates.handler(cpu, vector) {
                     self.land(handler, true);
                 }
@@ -219,6 +281,10 @@ impl Stepped {
     }
 
     fn land(&mut self, addr: u64, handler: bool) {
+        // Where it stands, a slot would stop it before the instruction: at the first one of a handler.
+        if addr == self.from && self.phase != Phase::Waiting {
+            return;
+        }
         if !self.landings.iter().any(|known| known.addr == addr) {
             self.landings.push(Landing { addr, handler });
         }
@@ -235,7 +301,7 @@ impl Stepped {
         let (suspended, free): (Vec<usize>, Vec<usize>) =
             (0..SLOTS).filter(|&n| armed.is_free(n)).partition(|&n| image.slots()[n].is_some());
         let mut slots = free;
-        if self.phase == Phase::Stepping {
+        if self.phase == Phase::Stepping || self.phase == Phase::Raising {
             slots.extend(suspended);
             slots.extend((0..SLOTS).filter(|&n| armed.holds(n).is_some_and(can_lend)));
         } else if slots.is_empty() {
@@ -257,7 +323,7 @@ impl Stepped {
 
     /// How it is entered.
     pub(crate) fn put_into(&self, arming: &mut Arming) {
-        arming.step = self.phase != Phase::Waiting;
+        arming.step = matches!(self.phase, Phase::Stepping | Phase::WaitingUnwatched);
         arming.block_irq = self.phase == Phase::Stepping;
     }
 
@@ -277,6 +343,16 @@ impl Stepped {
             Some(_) => Some(Arrival::Done),
             None => bs.then_some(Arrival::Done),
         }
+    }
+
+    /// Whether the vCPU must be put into an interrupt shadow before each entry.
+    pub(crate) fn needs_shadow(&self) -> bool {
+        self.in_shadow
+    }
+
+    /// Whether it is an IRETQ that is to be carried out in place ([`carry_out_iret`]).
+    pub(crate) fn returns(&self) -> bool {
+        self.returns
     }
 
     /// Whether it is a HLT that is to be carried out in place: a step over it ends with the vCPU
@@ -306,8 +382,14 @@ impl Stepped {
     }
 
     /// The step is given up, before the instruction was done: the guest's own TF is what it was.
-    pub(crate) fn abandon(self) -> Outcome {
-        Outcome { tf: self.tf && self.phase != Phase::Waiting, owes_trap: false, faulted: false }
+    pub(crate) fn abandon<C: Cpu>(self, cpu: &mut C) -> Outcome {
+        if self.in_shadow
+            && let Err(error) = cpu.end_shadow()
+        {
+            tracing::warn!(%error, pc = self.from, "an interrupt shadow is left over from a step");
+        }
+        let was_hidden = matches!(self.phase, Phase::Stepping | Phase::WaitingUnwatched);
+        Outcome { tf: self.tf && was_hidden, owes_trap: false, faulted: false }
     }
 
     fn mend<C: Cpu>(&self, cpu: &mut C, pc: u64, arrival: Arrival) -> io::Result<Outcome> {
@@ -396,6 +478,19 @@ impl Placed {
     }
 }
 
+/// Carries out the IRETQ at RIP; whether that was done.
+pub(crate) fn carry_out_iret<C: Cpu>(cpu: &mut C) -> io::Result<bool> {
+    iret::carry_out(cpu)
+}
+
+/// Decodes the instruction at `pc`, as the guest wrote it.
+fn fetch<C: Cpu>(cpu: &mut C, image: &DebugImage, pc: u64, registers: &Registers) -> Effect {
+    let mut bytes = [0; MAX_INSTRUCTION];
+    let got = cpu.read(pc, &mut bytes);
+    hide_patches(cpu, image, pc, &mut bytes[..got]);
+    decode(&bytes[..got], pc, registers)
+}
+
 /// The TF that the instruction is about to load, if it loads RFLAGS.
 fn loaded_tf<C: Cpu>(cpu: &mut C, effect: Effect, registers: &Registers) -> Option<bool> {
     let (at, len) = match effect.kind {
@@ -423,7 +518,10 @@ fn put_pushed_tf<C: Cpu>(cpu: &mut C, registers: &Registers, len: usize, tf: boo
 
 /// SS.base, which 64-bit code does without.
 fn stack_base(registers: &Registers) -> u64 {
+    if is_64_bit(registers) { 0 } else { registers.ss.base }
+}
+
+fn is_64_bit(registers: &Registers) -> bool {
     const CODE_64: u32 = 1 << 13;
-    let long = registers.efer & LONG_MODE != 0 && registers.cs.attributes & CODE_64 != 0;
-    if long { 0 } else { registers.ss.base }
+    registers.efer & LONG_MODE != 0 && registers.cs.attributes & CODE_64 != 0
 }

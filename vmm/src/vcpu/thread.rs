@@ -21,7 +21,7 @@ use super::cpu::{Arming, Cpu, Exit};
 use super::guest_level::GuestLevel;
 use super::over;
 use super::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
-use super::step::{Arrival, Crossing, DB, Outcome, Placed, Stepped};
+use super::step::{Arrival, Begun, Crossing, DB, Outcome, Placed, Stepped, carry_out_iret};
 use crate::debug::{
     BP, Breakpoint, Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Dr7, Expectation, GuestState, Hit, INT3,
     Level, Notice, Overlay, Owner, Piece, RunMode, Slot, SlotCondition, SlotOwner, Stop, StopReason, Stored, Trigger,
@@ -64,6 +64,13 @@ pub(super) struct Found {
     pub(super) addr: u64,
     /// What was stored, where that is seen.
     pub(super) stored: Option<Stored>,
+}
+
+/// What comes of the wish to enter the guest.
+enum Ready {
+    Enter(Entry),
+    /// It was to be stepped, and cannot be here.
+    Refused(&'static str),
 }
 
 /// The last stop, for as long as the vCPU has not left the place.
@@ -296,9 +303,14 @@ impl<C: Cpu> VcpuThread<C> {
         self.settle();
         self.state = State::Parked;
         self.kick_itself_if_needed();
+        // What the guest has at this pc must be known when it goes on.
+        self.look();
         self.arm_to_run()?;
         match self.stepped.take() {
-            Some(stepped) => self.give_back_tf(stepped.abandon()),
+            Some(stepped) => {
+                let outcome = stepped.abandon(&mut self.cpu);
+                self.give_back_tf(outcome)
+            }
             None => Ok(()),
         }
     }
@@ -345,17 +357,17 @@ impl<C: Cpu> VcpuThread<C> {
             return self.want_alone(mode);
         }
         let entry = match self.prepare(mode) {
-            Ok(entry) => entry,
+            Ok(Ready::Enter(entry)) => entry,
+            Ok(Ready::Refused(why)) => return self.stop(StopReason::CannotStep(why)),
             Err(error) => {
                 let error = error.to_string();
                 return self.stop(StopReason::Crash(Crash::EntryFailed { error }));
             }
         };
-        if self.halts(&entry) {
-            match self.cpu.halt() {
-                Ok(()) => return self.step_done(Arrival::Done, mode),
-                Err(error) => tracing::warn!(vcpu = self.id.0, %error, "HLT could not be carried out; KVM steps it"),
-            }
+        match self.is_stepped_in_place(&entry) {
+            Ok(true) => return self.step_done(Arrival::Done, mode),
+            Ok(false) => {}
+            Err(error) => tracing::warn!(vcpu = self.id.0, %error, "not carried out in place; KVM steps it"),
         }
         // Entering the guest completes whatever access was served before.
         self.incomplete = false;
@@ -381,12 +393,12 @@ impl<C: Cpu> VcpuThread<C> {
 
     /// Decides what to arm for the next entry and arms it: the slots, less those that this vCPU
     /// stands on and was stopped at, and single-step if that is wanted or needed.
-    fn prepare(&mut self, mode: RunMode) -> io::Result<Entry> {
+    fn prepare(&mut self, mode: RunMode) -> io::Result<Ready> {
         let wants_step = mode != RunMode::Continue;
         if !wants_step && self.told.is_none() && self.owes_trap_at.is_none() && !self.guest.is_owed() {
             let armed = self.arm_to_run()?;
             self.tell_lost(&armed);
-            return Ok(Entry::free(armed));
+            return Ok(Ready::Enter(Entry::free(armed)));
         }
         let event = self.pay_guest()?.then_some(DB);
         let from = self.cpu.pc()?;
@@ -397,11 +409,20 @@ impl<C: Cpu> VcpuThread<C> {
         // Once it runs freely it may come back here, and that is news.
         self.told = told.filter(|_| stepping);
         if !stepping {
-            return Ok(Entry { from, ..Entry::free(self.arm_to_run()?) });
+            return Ok(Ready::Enter(Entry { from, ..Entry::free(self.arm_to_run()?) }));
         }
-        let mut stepped = match self.stepped.take() {
-            Some(stepped) => stepped,
-            None => Stepped::begin(&mut self.cpu, from, event)?,
+        let begun = match self.stepped.take() {
+            Some(stepped) => Begun::Step(stepped),
+            None => Stepped::begin(&mut self.cpu, &self.image, from, event)?,
+        };
+        let mut stepped = match begun {
+            Begun::Step(stepped) => stepped,
+            Begun::Refused(why) if wants_step => return Ok(Ready::Refused(why)),
+            Begun::Refused(_) => {
+                // It was to get off a breakpoint, where this host's KVM heeds none anyway.
+                self.told = None;
+                return Ok(Ready::Enter(Entry::free(self.arm_to_run()?)));
+            }
         };
         // What the guest itself has here has had its turn: it comes before the crossing is over.
         let mut armed = self.guest.overlay_for_step(&self.image, suspended, crossing.then_some(from));
@@ -409,9 +430,13 @@ impl<C: Cpu> VcpuThread<C> {
         let armed = armed.or_off();
         let mut arming = Arming::run(&self.image, &armed);
         stepped.put_into(&mut arming);
+        let in_shadow = stepped.needs_shadow();
         self.stepped = Some(stepped);
         self.arm(arming)?;
-        Ok(Entry { from, stepping: arming.step, armed, placed })
+        if in_shadow {
+            self.cpu.cast_shadow()?;
+        }
+        Ok(Ready::Enter(Entry { from, stepping: arming.step, armed, placed }))
     }
 
     /// The execution slots at `pc` that have had their say, one bit each: all of them after a hit,
@@ -423,12 +448,15 @@ impl<C: Cpu> VcpuThread<C> {
         heard.fold(0, |bits, (n, _)| bits | 1 << n)
     }
 
-    /// Whether the step is over a HLT that no armed slot and no patch stops at first.
-    fn halts(&mut self, entry: &Entry) -> bool {
-        entry.stepping
-            && self.stepped.as_ref().is_some_and(Stepped::halts)
-            && !entry.armed.stops_at(entry.from)
-            && self.patch_under(entry.from).is_none()
+    /// Carries out what no KVM steps as it should, unless an armed slot or a patch stops at it
+    /// first; whether it was.
+    fn is_stepped_in_place(&mut self, entry: &Entry) -> io::Result<bool> {
+        let Some(stepped) = self.stepped.as_ref().filter(|_| entry.stepping) else { return Ok(false) };
+        let (halts, returns) = (stepped.halts(), stepped.returns());
+        if !(halts || returns) || entry.armed.stops_at(entry.from) || self.patch_under(entry.from).is_some() {
+            return Ok(false);
+        }
+        if halts { self.cpu.halt().map(|()| true) } else { carry_out_iret(&mut self.cpu) }
     }
 
     fn handle(&mut self, mut exit: Exit, entry: &Entry, mode: RunMode) {
@@ -507,9 +535,9 @@ impl<C: Cpu> VcpuThread<C> {
         }
         let hits = hits.into_iter().map(|(behind, addr)| Found { behind, addr, stored: None });
         let hits: Vec<Found> = stores.into_iter().chain(hits).collect();
-        let is_here = stopped_by_step || !hits.is_empty();
+        let hit_in_step = entry.stepping && !hits.is_empty();
         let arrival = match &self.stepped {
-            Some(stepped) if step || is_here && entry.stepping => stepped.arrival(exit.pc, step),
+            Some(stepped) if step || stopped_by_step || hit_in_step => stepped.arrival(exit.pc, step),
             _ => None,
         };
         if hits.is_empty() {

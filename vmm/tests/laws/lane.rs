@@ -20,6 +20,8 @@ pub(crate) enum Need {
     ExecInRing3,
     /// Single-step in ring 3 is reported to us.
     StepInRing3,
+    /// SYSCALL changes the ring, and SYSRET does. The PVM flavour has its own ways between the rings.
+    Syscall,
     /// DR6 shows several slots that were hit at once.
     SeveralHits,
     /// INT3 in ring 0 comes to us: breakpoints can be patched into guest code.
@@ -55,8 +57,10 @@ impl Need {
             Need::DataWatch => (capabilities().can_watch_in_hardware(), "no data watch: w_data, rw_data"),
             Need::ExecInRing3 => (seen().x_cpl3 == Slot::Fires, "no exec slot in ring 3: x_cpl3"),
             Need::StepInRing3 => {
-                (matches!(seen().ss_cpl3, Step::Exact | Step::ExtraExits), "no step in ring 3: ss_cpl3")
+                let steps = |seen| matches!(seen, Step::Exact | Step::ExtraExits);
+                (steps(seen().ss_cpl3) || steps(seen().ss_cpl3_shadow), "no step in ring 3: ss_cpl3")
             }
+            Need::Syscall => (flavour() != Some(Flavour::Pvm), "no SYSCALL between the rings"),
             Need::SeveralHits => (seen().multi_hit_data == MultiHit::All, "one hit per DR6: multi_hit_data"),
             Need::Record => (crate::doctor::record().is_some(), "no record of this KVM"),
             Need::Issue3On(flavours) => (!flavour().is_some_and(|here| flavours.contains(&here)), "issue 3"),

@@ -15,6 +15,7 @@ mod doctor;
 mod fire;
 mod guest;
 mod inquest;
+mod landing;
 mod lane;
 mod law;
 mod lifecycle;
@@ -57,6 +58,7 @@ fn all() -> Vec<Law> {
         guest::laws(),
         watch::laws(),
         step::laws(),
+        landing::laws(),
         patch::laws(),
         lifecycle::laws(),
     ]

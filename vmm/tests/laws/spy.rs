@@ -7,7 +7,7 @@ use std::thread::ThreadId;
 
 use trapline_vmm::debug::{DebugImage, Dr6, General, GuestRegisters};
 use trapline_vmm::memory::DeviceStore;
-use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Raised, Registers, Standing};
+use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Raised, Registers, Ring3, Standing};
 
 use crate::clock::{Monitor, PATIENCE};
 
@@ -326,6 +326,26 @@ impl Cpu for Spied {
         self.spy.visit();
         self.spy.0.change(|notes| notes.advanced += 1);
         self.cpu.advance(to)
+    }
+
+    fn ring_3(&mut self) -> Ring3 {
+        self.spy.visit();
+        self.cpu.ring_3()
+    }
+
+    fn cast_shadow(&mut self) -> io::Result<()> {
+        self.spy.visit();
+        self.cpu.cast_shadow()
+    }
+
+    fn unmask_nmi(&mut self) -> io::Result<()> {
+        self.spy.visit();
+        self.cpu.unmask_nmi()
+    }
+
+    fn has_interrupt_on_its_way(&mut self) -> io::Result<bool> {
+        self.spy.visit();
+        self.cpu.has_interrupt_on_its_way()
     }
 
     fn resumed(&mut self) {

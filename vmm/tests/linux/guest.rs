@@ -16,7 +16,7 @@ use trapline_vmm::{Vm, VmConfig};
 use crate::symbols::Symbols;
 
 /// A bound against hanging: a loaded machine that emulates another one takes its time.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 pub(crate) const CPUS: u32 = 2;
 

@@ -41,22 +41,25 @@ const WAYPOINTS: [&str; 8] = [
 /// The CPU that is stepped.
 const STEPPED: VcpuId = VcpuId(0);
 
+/// A program's file and its CPU: two that take turns on the CPU that is stepped.
+const STEPPED_PROGRAMS: [(&str, u32); 2] = [("/tmp/a", 0), ("/tmp/b", 0)];
+const ALL_PROGRAMS: [(&str, u32); 3] = [("/tmp/a", 0), ("/tmp/b", 0), ("/tmp/c", 1)];
+
+/// The other vCPU sleeps: parked in the middle of something it would keep what it has locked.
 pub(crate) fn alone() {
-    session(RunMode::Parked);
+    session(RunMode::Parked, &STEPPED_PROGRAMS);
 }
 
 pub(crate) fn beside_a_running_vcpu() {
-    session(RunMode::Continue);
+    session(RunMode::Continue, &ALL_PROGRAMS);
 }
 
-fn session(others: RunMode) {
+fn session(others: RunMode, programs: &[(&str, u32)]) {
     let mut guest = Guest::boot();
-    // Two that take turns on the CPU that is stepped, one on the other.
-    let programs = [("/tmp/a", 0), ("/tmp/b", 0), ("/tmp/c", 1)];
     for (file, cpu) in programs {
         guest.command(&format!("taskset -c {cpu} fresh-pages {file} &"));
     }
-    let before = progress(&mut guest);
+    let before = progress(&mut guest, programs);
     guest.vm.stop().unwrap();
     let mut stepper = Stepper::new(&mut guest, STEPPED, others);
     let started = std::time::Instant::now();
@@ -69,7 +72,8 @@ fn session(others: RunMode) {
         while stepper.steps < first + leg.least || stepper.passed(leg.until) == passed {
             stepper.step(&mut guest);
             if stepper.steps - first > TOO_LONG * leg.least {
-                println!("  from {} it never comes by {}", leg.start, leg.until);
+                let at = guest.symbols.name(stepper.pc());
+                println!("  from {} it never comes by {}; it is at {at}", leg.start, leg.until);
                 break;
             }
         }
@@ -77,12 +81,12 @@ fn session(others: RunMode) {
     println!("  {} steps in {:?}", stepper.steps, started.elapsed());
     // Free again it works as before, and so do its programs.
     guest.go();
-    let mut after = progress(&mut guest);
+    let mut after = progress(&mut guest, programs);
     for _ in 0..20 {
         if before.iter().zip(&after).all(|(before, after)| after > before) {
             break;
         }
-        after = progress(&mut guest);
+        after = progress(&mut guest, programs);
     }
     let advanced = before.iter().zip(&after).all(|(before, after)| after > before);
     assert!(advanced, "the stepped programs do not go on: {before:?}, then {after:?}; {}", guest.console());
@@ -93,9 +97,10 @@ fn session(others: RunMode) {
 }
 
 /// How far each of the programs is.
-fn progress(guest: &mut Guest) -> Vec<u64> {
-    let printed = guest.command("sleep 0.2; cat /tmp/a /tmp/b /tmp/c");
+fn progress(guest: &mut Guest, programs: &[(&str, u32)]) -> Vec<u64> {
+    let files: Vec<_> = programs.iter().map(|program| program.0).collect();
+    let printed = guest.command(&format!("sleep 0.2; cat {}", files.join(" ")));
     let numbers: Vec<u64> = printed.lines().filter_map(|line| line.trim().parse().ok()).collect();
-    assert_eq!(numbers.len(), 3, "the programs' files hold {printed}");
+    assert_eq!(numbers.len(), programs.len(), "the programs' files hold {printed}");
     numbers
 }

@@ -1,6 +1,6 @@
 //! What one instruction does with RFLAGS, and where it leads: decoded before it is stepped.
 
-use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, OpKind, Register};
+use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use crate::vcpu::Registers;
 
@@ -21,6 +21,8 @@ pub(super) struct Effect {
     pub(super) leads_on: bool,
     /// It reads or writes memory, a stack included.
     pub(super) uses_memory: bool,
+    /// KVM's emulator carries it out, and does so right.
+    pub(super) is_emulated: bool,
 }
 
 /// What an instruction does that a step has to know of.
@@ -62,6 +64,7 @@ pub(super) fn decode(bytes: &[u8], at: u64, registers: &Registers) -> Effect {
         kind: kind(&instruction, registers.cpl()),
         leads_on: instruction.flow_control() == FlowControl::Next,
         uses_memory: instruction.is_stack_instruction() || instruction.op_kinds().any(is_memory),
+        is_emulated: is_emulated(&instruction),
     }
 }
 
@@ -119,6 +122,45 @@ fn uses_fpu(instruction: &Instruction) -> bool {
     let of_fpu = |register: Register| register.is_vector_register() || register.is_mm();
     instruction.cpuid_features().contains(&CpuidFeature::FPU)
         || (0..instruction.op_count()).any(|n| of_fpu(instruction.op_register(n)))
+}
+
+/// Of what the emulator knows, the part that programs are made of; measured with Linux 6.18. It takes
+/// TZCNT for BSF and LZCNT for BSR, as the oldest processors do.
+fn is_emulated(instruction: &Instruction) -> bool {
+    use CpuidFeature::{
+        CET_IBT, CMOV, CPUID, CX8, INTEL186, INTEL286, INTEL386, INTEL486, INTEL8086, MULTIBYTENOP, PAUSE, SYSCALL,
+        TSC, X64,
+    };
+    const KNOWN: [CpuidFeature; 14] = [
+        INTEL8086,
+        INTEL186,
+        INTEL286,
+        INTEL386,
+        INTEL486,
+        X64,
+        CMOV,
+        CPUID,
+        CX8,
+        MULTIBYTENOP,
+        PAUSE,
+        TSC,
+        CET_IBT,
+        SYSCALL,
+    ];
+    let unknown = matches!(
+        instruction.mnemonic(),
+        Mnemonic::Int
+            | Mnemonic::Int1
+            | Mnemonic::Int3
+            | Mnemonic::Into
+            | Mnemonic::Enter
+            | Mnemonic::Lar
+            | Mnemonic::Lsl
+            | Mnemonic::Verr
+            | Mnemonic::Verw
+            | Mnemonic::Wait
+    );
+    !unknown && instruction.cpuid_features().iter().all(|feature| KNOWN.contains(feature))
 }
 
 fn is_memory(kind: OpKind) -> bool {
@@ -217,6 +259,44 @@ mod tests {
         assert_eq!(decode(&[0x48, 0x90], 0x1000, &registers).behind, 0x1001);
         registers.cs.attributes = 0;
         assert_eq!(decode(&[0x9c], 0x1000, &registers).kind, Kind::PushFlags(2));
+    }
+
+    #[test]
+    fn what_the_emulator_does_not_do_is_known() {
+        let emulated = |bytes: &[u8]| decode(bytes, 0, &long_mode()).is_emulated;
+        for bytes in [
+            &[0x48, 0x01, 0xd8][..],   // add %rbx, %rax
+            &[0x9c],                   // pushf
+            &[0xe8, 0, 0, 0, 0],       // call
+            &[0xf3, 0x48, 0xab],       // rep stosq
+            &[0xf0, 0x48, 0xff, 0x00], // lock inc
+            &[0x48, 0x0f, 0x44, 0xc1], // cmov
+            &[0x0f, 0x1f, 0x40, 0x00], // nop
+            &[0xf3, 0x0f, 0x1e, 0xfa], // endbr64
+            &[0x0f, 0x0b],             // ud2
+            &[0x0f, 0xa2],             // cpuid
+            &[0xf3, 0x90],             // pause
+            &[0x0f, 0xa3, 0xc8],       // bt
+        ] {
+            assert!(emulated(bytes), "{bytes:x?}");
+        }
+        for bytes in [
+            &[0xcc][..],                     // int3
+            &[0xcd, 0x80],                   // int $0x80
+            &[0x0f, 0x58, 0xc1],             // addps
+            &[0xf3, 0x0f, 0xb8, 0xc1],       // popcnt
+            &[0xf3, 0x0f, 0xbc, 0xc1],       // tzcnt
+            &[0xf3, 0x0f, 0xbd, 0xc1],       // lzcnt
+            &[0x9b],                         // fwait
+            &[0xd9, 0xe8],                   // fld1
+            &[0x48, 0x0f, 0xc7, 0x08],       // cmpxchg16b
+            &[0x0f, 0x01, 0xf9],             // rdtscp
+            &[0x0f, 0x01, 0xd0],             // xgetbv
+            &[0xc4, 0xe2, 0xf0, 0xf3, 0xc8], // blsr
+            &[0x0f, 0x02, 0xc1],             // lar
+        ] {
+            assert!(!emulated(bytes), "{bytes:x?}");
+        }
     }
 
     #[test]

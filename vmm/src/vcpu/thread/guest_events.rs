@@ -109,7 +109,8 @@ impl<C: Cpu> VcpuThread<C> {
             self.told = None;
             self.unfinished = Some(stepped.crossing());
         }
-        if let Err(error) = self.give_back_tf(stepped.abandon()) {
+        let outcome = stepped.abandon(&mut self.cpu);
+        if let Err(error) = self.give_back_tf(outcome) {
             tracing::warn!(vcpu = self.id.0, %error, "the guest's own TF could not be put back");
         }
     }
