@@ -5,7 +5,8 @@ use trapline_vmm::debug::{Breakpoint, RunMode, Stop, StopReason, Trigger, VcpuId
 
 use crate::booted::Booted;
 use crate::clock::wait_for;
-use crate::lane::Need::{DataWatch, ExecInRing3, Kick, SeveralHits};
+use crate::lane::Flavour::Intel;
+use crate::lane::Need::{DataWatch, ExecInRing3, Issue3On, Kick, SeveralHits};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, hit, name};
 
@@ -25,7 +26,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l14_all_that_stop_in_one_window_are_told_without_running, Kick),
         law!(l14_a_stop_of_a_vcpu_that_stays_parked_waits, Kick),
         law!(l14_a_stop_request_may_be_answered_by_a_hit, Kick),
-        law!(l42_a_breakpoint_on_an_instruction_that_faults_is_told_once),
+        law!(l42_a_breakpoint_on_an_instruction_that_faults_is_told_once, Issue3On(&[Intel])),
         law!(l20_two_slots_hit_by_one_store_are_both_told, DataWatch, SeveralHits),
         law!(l22_a_watch_hit_and_the_breakpoint_behind_it_are_both_told, DataWatch),
         law!(l22_a_step_onto_a_breakpoint_is_a_step_and_then_a_hit_for_nobody),

@@ -13,7 +13,7 @@ use trapline_vmm::limits::PAGE_SIZE;
 
 use crate::booted::Booted;
 use crate::clock::wait_for;
-use crate::lane::Flavour::Amd;
+use crate::lane::Flavour::{Amd, Intel};
 use crate::lane::Need::{DataWatch, Issue3On, Kick, RealModeSlots, SeveralHits};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, name};
@@ -33,16 +33,16 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l63_overlapping_watches_are_both_told, DataWatch, SeveralHits),
         law!(l63_overlapping_watches_are_both_told_by_pages),
         law!(l36_a_breakpoint_and_a_watch_on_one_store_by_pages),
-        law!(l22_a_stepped_store_is_told_and_ends_the_step_by_pages),
+        law!(l22_a_stepped_store_is_told_and_ends_the_step_by_pages, Issue3On(&[Intel])),
         law!(l13_a_watch_hit_within_a_rep_does_not_end_its_crossing_by_pages),
         law!(l64_loads_are_refused_where_only_pages_serve),
         law!(l65_a_store_of_a_device_is_told_by_pages),
         law!(l66_memory_and_registers_are_as_without_us),
         law!(l66_what_is_removed_leaves_no_page_read_only),
         law!(l66_a_change_that_fails_leaves_no_page_read_only),
-        law!(l66_page_tables_can_be_watched, Issue3On(&[Amd])),
+        law!(l66_page_tables_can_be_watched, Issue3On(&[Amd, Intel])),
         law!(l66_a_store_that_kvm_cannot_hand_over_is_said_and_goes_on_without_the_watch),
-        law!(l66_a_frame_that_kvm_cannot_hand_over_is_said, Issue3On(&[Amd])),
+        law!(l66_a_frame_that_kvm_cannot_hand_over_is_said, Issue3On(&[Amd, Intel])),
         law!(l66_stores_beside_are_done_and_nobody_is_told, Kick),
         law!(l66_every_store_of_every_vcpu_is_told_exactly_once, Kick),
         law!(l66_watches_come_and_go_while_the_guest_runs, Kick),
