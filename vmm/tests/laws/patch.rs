@@ -13,14 +13,15 @@ use trapline_vmm::vcpu::Exit;
 
 use crate::booted::Booted;
 use crate::clock::wait_for;
-use crate::lane::Need::{Kick, Patches};
+use crate::lane::Flavour::Intel;
+use crate::lane::Need::{Issue3On, Kick, Patches};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, hit, name, send_nmi};
 
 pub(crate) fn laws() -> Vec<Law> {
     vec![
         law!(l40_a_slot_and_a_patch_on_one_instruction_are_each_hit_once, Patches),
-        law!(l42_a_patch_on_an_instruction_that_faults, Patches),
+        law!(l42_a_patch_on_an_instruction_that_faults, Patches, Issue3On(&[Intel])),
         law!(l54_what_finds_no_slot_is_a_patch, Patches),
         law!(l54_where_int3_is_the_guests_the_fifth_is_refused),
         law!(l54_a_slot_that_becomes_free_takes_over_from_a_patch, Patches),
