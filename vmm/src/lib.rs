@@ -21,7 +21,6 @@ pub mod memory;
 mod memslots;
 pub mod msrs;
 pub mod paging;
-#[cfg(not(feature = "shuttle"))]
 pub mod probe;
 mod sync;
 pub mod vcpu;
