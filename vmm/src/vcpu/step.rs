@@ -36,7 +36,7 @@ mod iret;
 
 use std::io;
 
-use self::effect::{Effect, Kind, decode};
+use self::effect::{Effect, Kind, Next, decode};
 use self::gate::{Frame, Gates, with_tf};
 pub(crate) use self::iret::Return;
 use super::over::hide_patches;
@@ -75,6 +75,8 @@ pub(crate) struct Stepped {
     in_shadow: bool,
     /// IRETQ or SYSRET into ring 3 that is carried out in place.
     returns: bool,
+    /// It may lead to itself: a trap there says that it was done.
+    may_stay: bool,
     /// Stops within a REP so far.
     iterations: u32,
     /// RSP, CS and CR3 at the start: whose instruction it is.
@@ -175,6 +177,10 @@ impl Stepped {
         let phase = if waits { Phase::Waiting } else { Phase::Stepping };
         let context =
             Context { rsp: registers.rsp, cs: registers.cs.selector, cr3: registers.cr3, base: registers.cs.base };
+        let mut may_stay = false;
+        for effect in [Some(effect), covered].into_iter().flatten() {
+            may_stay |= may_lead_to(cpu, &effect, &registers, pc)?;
+        }
         let mut stepped = Stepped {
             from: pc,
             effect,
@@ -185,6 +191,7 @@ impl Stepped {
             phase,
             in_shadow: false,
             returns: false,
+            may_stay,
             iterations: 0,
             context,
         };
@@ -379,7 +386,7 @@ impl Stepped {
     /// Whether a trap at `pc` says of a step that was none: some VT-x implementations trap once
     /// more without progress after they have left the guest in between (law 51).
     pub(crate) fn has_not_run_at(&self, pc: u64) -> bool {
-        self.effect.leads_on && self.effect.kind != Kind::Repeat && pc == self.from
+        pc == self.from && !self.may_stay
     }
 
     /// Puts right what the instruction did with the TF that the guest did not set. The vCPU has
@@ -494,6 +501,21 @@ fn fetch<C: Cpu>(cpu: &mut C, image: &DebugImage, pc: u64, registers: &Registers
     let got = cpu.read(pc, &mut bytes);
     hide_patches(cpu, image, pc, &mut bytes[..got]);
     decode(&bytes[..got], pc, registers)
+}
+
+/// Whether `effect` may lead to `addr`, as far as that can be told beforehand.
+fn may_lead_to<C: Cpu>(cpu: &mut C, effect: &Effect, registers: &Registers, addr: u64) -> io::Result<bool> {
+    let mut target = [0; 8];
+    Ok(match (effect.kind, effect.next) {
+        // Between two iterations.
+        (Kind::Repeat, _) => true,
+        (Kind::Syscall, _) => cpu.registers()?.lstar == addr,
+        (Kind::Sysret { wide: true }, _) => registers.rcx == addr,
+        (_, Next::Behind) => false,
+        (_, Next::At(to)) => to == addr,
+        (_, Next::StoredAt(at)) => cpu.read(at, &mut target) != target.len() || u64::from_le_bytes(target) == addr,
+        (_, Next::Unknown) => true,
+    })
 }
 
 /// The TF that the instruction is about to load, if it loads RFLAGS.

@@ -17,12 +17,23 @@ pub(super) struct Effect {
     pub(super) at: u64,
     pub(super) behind: u64,
     pub(super) kind: Kind,
-    /// It leads to the instruction behind it and nowhere else, unless it faults.
-    pub(super) leads_on: bool,
+    pub(super) next: Next,
     /// It reads or writes memory, a stack included.
     pub(super) uses_memory: bool,
     /// KVM's emulator carries it out, and does so right.
     pub(super) is_emulated: bool,
+}
+
+/// Where an instruction leads, unless it faults.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    /// To the one behind it.
+    Behind,
+    /// Here, or to the one behind it.
+    At(u64),
+    /// To the address of eight bytes that is stored here.
+    StoredAt(u64),
+    Unknown,
 }
 
 /// What an instruction does that a step has to know of.
@@ -59,12 +70,13 @@ pub(super) enum Kind {
 
 /// Decodes what `bytes`, found at the linear address `at`, mean to a vCPU with these registers.
 pub(super) fn decode(bytes: &[u8], at: u64, registers: &Registers) -> Effect {
-    let instruction = Decoder::new(bitness(registers), bytes, DecoderOptions::NONE).decode();
+    let bitness = bitness(registers);
+    let instruction = Decoder::with_ip(bitness, bytes, at, DecoderOptions::NONE).decode();
     Effect {
         at,
         behind: at.wrapping_add(instruction.len() as u64),
         kind: kind(&instruction, registers.cpl()),
-        leads_on: instruction.flow_control() == FlowControl::Next,
+        next: next(&instruction, if bitness == 64 { Some(registers) } else { None }),
         uses_memory: instruction.is_stack_instruction() || instruction.op_kinds().any(is_memory),
         is_emulated: is_emulated(&instruction),
     }
@@ -77,6 +89,47 @@ fn bitness(registers: &Registers) -> u32 {
         32
     } else {
         16
+    }
+}
+
+/// `registers`: of a vCPU in 64-bit mode, where linear addresses are what the instruction says.
+fn next(instruction: &Instruction, registers: Option<&Registers>) -> Next {
+    let known = match (instruction.flow_control(), registers) {
+        (FlowControl::Next, _) => Some(Next::Behind),
+        (_, None) => None,
+        (FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call, _) => {
+            (instruction.op0_kind() == OpKind::NearBranch64).then(|| Next::At(instruction.near_branch64()))
+        }
+        (FlowControl::Return, Some(registers)) => {
+            matches!(instruction.code(), Code::Retnq | Code::Retnq_imm16 | Code::Iretq)
+                .then_some(Next::StoredAt(registers.rsp))
+        }
+        (FlowControl::IndirectBranch | FlowControl::IndirectCall, Some(registers)) => match instruction.code() {
+            Code::Jmp_rm64 | Code::Call_rm64 if instruction.op0_kind() == OpKind::Register => {
+                value(registers, instruction.op0_register()).map(Next::At)
+            }
+            Code::Jmp_rm64 | Code::Call_rm64 => {
+                instruction.virtual_address(0, 0, |register, _, _| value(registers, register)).map(Next::StoredAt)
+            }
+            _ => None,
+        },
+        _ => None,
+    };
+    known.unwrap_or(Next::Unknown)
+}
+
+/// Of a general register, or the base of a segment.
+fn value(registers: &Registers, register: Register) -> Option<u64> {
+    let Registers { rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15, .. } = *registers;
+    match register {
+        Register::FS => Some(registers.fs.base),
+        Register::GS => Some(registers.gs.base),
+        _ if register.is_segment_register() => Some(0),
+        _ if register.is_gpr64() => {
+            let gprs = [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15];
+            gprs.get(register.number()).copied()
+        }
+        _ => None,
     }
 }
 
@@ -299,6 +352,28 @@ mod tests {
         ] {
             assert!(!emulated(bytes), "{bytes:x?}");
         }
+    }
+
+    #[test]
+    fn where_it_leads_is_known() {
+        let registers = Registers { rbx: 0x5000, rsp: 0x7000, rcx: 0x10, ..long_mode() };
+        let next = |bytes: &[u8]| decode(bytes, 0x1000, &registers).next;
+        assert_eq!(next(&[0x90]), Next::Behind);
+        assert_eq!(next(&[0xf3, 0xaa]), Next::Behind, "REP STOSB");
+        assert_eq!(next(&[0xeb, 0xfe]), Next::At(0x1000), "JMP to itself");
+        assert_eq!(next(&[0x74, 0x02]), Next::At(0x1004), "JZ");
+        assert_eq!(next(&[0xe2, 0xfe]), Next::At(0x1000), "LOOP");
+        assert_eq!(next(&[0xe8, 0, 0, 0, 0]), Next::At(0x1005), "CALL");
+        assert_eq!(next(&[0xff, 0xe3]), Next::At(0x5000), "JMP RBX");
+        assert_eq!(next(&[0xff, 0x64, 0xcb, 0x08]), Next::StoredAt(0x5088), "JMP [RBX+RCX*8+8]");
+        assert_eq!(next(&[0xff, 0x15, 0x10, 0, 0, 0]), Next::StoredAt(0x1016), "CALL [RIP+16]");
+        assert_eq!(next(&[0xc3]), Next::StoredAt(0x7000), "RET");
+        assert_eq!(next(&[0x48, 0xcf]), Next::StoredAt(0x7000), "IRETQ");
+        assert_eq!(next(&[0xcb]), Next::Unknown, "RETF");
+        assert_eq!(next(&[0x0f, 0x05]), Next::Unknown, "SYSCALL");
+        assert_eq!(next(&[0xcc]), Next::Unknown, "INT3");
+        let registers = Registers { cs: Segment::default(), ..registers };
+        assert_eq!(decode(&[0xeb, 0xfe], 0x1000, &registers).next, Next::Unknown, "in real mode");
     }
 
     #[test]
