@@ -44,12 +44,24 @@ fn main() {
     let exit = median((0..TURNS).map(|_| bare.cost(WINDOW)).collect());
     row("a bare exit (KVM_RUN, port I/O)", exit, None, Goal::None);
 
+    let (one, ratio) = in_turns(&mut Bare::new(), &mut || bare.cost_of_an_ioctl());
+    row("an ioctl that does nothing (KVM_GET_REGS)", one, Some(ratio), Goal::None);
+    let mut synced = Bare::with_registers();
+    let (one, ratio) = in_turns(&mut bare, &mut || synced.cost(WINDOW));
+    row("a bare exit with registers both ways", one, Some(ratio), Goal::None);
+
+    let mut hits = Bare::with_breakpoint();
+    let (one, ratio) = in_turns(&mut bare, &mut || hits.cost(WINDOW));
+    row("the same with a hit for an exit", one, Some(ratio), Goal::None);
+
     let (hit, ratio) = in_turns(&mut bare, &mut counted(Program::NOP));
     row("a counted hit, its instruction in place", hit, Some(ratio), Goal::AtMost(1.5));
     let (hit, ratio) = in_turns(&mut bare, &mut counted(Program::STORE));
     row("a counted hit, its instruction stepped", hit, Some(ratio), Goal::AtMost(3.0));
-    let (step, ratio) = in_turns(&mut bare, &mut steps());
-    row("a single step within a range", step, Some(ratio), Goal::AtMost(1.3));
+    let (step, ratio) = in_turns(&mut bare, &mut steps(Program::COUNT));
+    row("a single step, in place", step, Some(ratio), Goal::AtMost(1.3));
+    let (step, ratio) = in_turns(&mut bare, &mut steps(Program::MEMORY));
+    row("a single step, by KVM", step, Some(ratio), Goal::AtMost(1.3));
     let (store, ratio) = in_turns(&mut bare, &mut stores(fixture::SOURCE + 0x800));
     row("a store beside a watched range, on its page", store, Some(ratio), Goal::None);
     let (store, ratio) = in_turns(&mut bare, &mut stores(fixture::SOURCE));
@@ -107,12 +119,13 @@ fn stores(watched: u64) -> impl FnMut() -> f64 {
 }
 
 /// Steps around a loop of two instructions that counts, all of them on the vCPU's own thread.
-fn steps() -> impl FnMut() -> f64 {
-    let mut guest = Guest::new(&[Program::COUNT]);
+fn steps(program: Program) -> impl FnMut() -> f64 {
+    let mut guest = Guest::new(&[program]);
+    let count = |guest: &mut Guest| guest.count(0) + guest.counted_in_memory();
     move || {
-        let before = guest.count(0);
+        let before = count(&mut guest);
         let spent = guest.run_for(WINDOW, RunMode::StepRange { start: PAGE, end: PAGE + 0x1000 });
-        spent.as_secs_f64() / (2 * (guest.count(0) - before)) as f64
+        spent.as_secs_f64() / (2 * (count(&mut guest) - before)) as f64
     }
 }
 

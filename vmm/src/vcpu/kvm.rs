@@ -38,6 +38,7 @@ const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
 
 /// INT1, which raises #DB without any cause bit.
 const INT1: u8 = 0xf1;
+const HLT: u8 = 0xf4;
 const EFER_LMA: u64 = 1 << 10;
 const CR4_CET: u64 = 1 << 23;
 /// Most bytes of one instruction.
@@ -56,17 +57,23 @@ pub struct KvmCpu {
     hidden: DebugImage,
     /// Its own timer, once it was needed.
     timer: Option<kick::Timer>,
+    /// The last exit, if it was a trap.
+    trapped: Option<DebugExit>,
+    /// It was runnable when it was looked at, and was not entered since.
+    awake: bool,
 }
 
 impl KvmCpu {
     /// Takes over a vCPU whose initial state is set.
     pub fn new(fd: VcpuFd, bus: Arc<Bus>, ram: GuestRam, arm_hook: Option<ArmHook>) -> Self {
-        Self { fd: SyncedFd::new(fd), bus, ram, arm_hook, hidden: DebugImage::default(), timer: None }
+        let (hidden, timer, trapped) = (DebugImage::default(), None, None);
+        Self { fd: SyncedFd::new(fd), bus, ram, arm_hook, hidden, timer, trapped, awake: false }
     }
 
     fn enter(&mut self) -> Exit {
         // The crate's own reading of the exit loses the width of string I/O and all of an
         // internal error, so the page is read here, once.
+        (self.trapped, self.awake) = (None, false);
         match self.fd.run() {
             Ok(()) => self.parse(),
             Err(error) => match error.errno() {
@@ -121,7 +128,9 @@ impl KvmCpu {
             KVM_EXIT_DEBUG => {
                 // SAFETY: KVM_EXIT_DEBUG fills `debug`.
                 let debug = unsafe { body.debug.arch };
-                Exit::Debug(DebugExit { exception: debug.exception, pc: debug.pc, dr6: debug.dr6 })
+                let exit = DebugExit { exception: debug.exception, pc: debug.pc, dr6: debug.dr6 };
+                self.trapped = Some(exit);
+                Exit::Debug(exit)
             }
             KVM_EXIT_INTR => Exit::Kicked,
             KVM_EXIT_SHUTDOWN => Exit::Crash(Crash::TripleFault { state_lost: self.looks_reset() }),
@@ -161,6 +170,14 @@ impl KvmCpu {
     fn looks_reset(&self) -> bool {
         let (Ok(regs), Ok(sregs)) = (self.fd.get_regs(), self.fd.get_sregs()) else { return false };
         regs.rip == 0xfff0 && sregs.cs.base == 0xffff_0000
+    }
+
+    /// Whether it has just come out of the guest with a trap, and not behind a HLT: then it is
+    /// runnable, and that costs no ioctl to know.
+    fn has_just_trapped_awake(&mut self) -> bool {
+        let Some(exit) = self.trapped.filter(|_| self.fd.is_fresh()) else { return false };
+        let mut before = [HLT];
+        !Dr6(exit.dr6).single_step() || self.read(exit.pc.wrapping_sub(1), &mut before) == 1 && before[0] != HLT
     }
 
     fn paging(&self) -> io::Result<Paging> {
@@ -317,6 +334,9 @@ impl Cpu for KvmCpu {
     }
 
     fn activity(&mut self) -> io::Result<Activity> {
+        if self.has_just_trapped_awake() {
+            return Ok(Activity::Runnable);
+        }
         Ok(match self.fd.get_mp_state()?.mp_state {
             KVM_MP_STATE_RUNNABLE => Activity::Runnable,
             KVM_MP_STATE_HALTED => Activity::Halted,
@@ -326,6 +346,7 @@ impl Cpu for KvmCpu {
     }
 
     fn halt(&mut self) -> io::Result<()> {
+        self.awake = false;
         let mut regs = self.fd.get_regs()?;
         regs.rip = regs.rip.wrapping_add(1);
         self.fd.set_regs(&regs)?;
@@ -447,10 +468,11 @@ impl Cpu for KvmCpu {
     }
 
     fn standing(&mut self) -> io::Result<Option<Standing>> {
-        // One that has just come out of the guest was running.
-        if !self.fd.is_fresh() && self.activity()? != Activity::Runnable {
+        self.awake = self.awake || self.activity()? == Activity::Runnable;
+        if !self.awake {
             return Ok(None);
         }
+        self.fd.refresh()?;
         let (sregs, events) = (self.fd.get_sregs()?, self.fd.get_vcpu_events()?);
         let long = sregs.efer & EFER_LMA != 0 && sregs.cs.l != 0;
         // With branch tracking an instruction has to be the one that a jump may lead to.
