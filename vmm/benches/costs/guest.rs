@@ -24,6 +24,9 @@ pub(crate) const PAGE: u64 = fixture::WATCH;
 const COUNTER: u64 = PAGE + 0x800;
 const POINTER: u64 = PAGE + 0x808;
 
+const RING_0: Begin = Begin::Ring0("jump_self");
+const RING_3: Begin = Begin::Ring3("ring3_loop");
+
 /// A loop without an end. Its first instruction is the one to put a breakpoint on.
 #[derive(Clone, Copy)]
 pub(crate) struct Program {
@@ -70,10 +73,11 @@ impl Program {
     }
 }
 
-fn machine(programs: &[Program]) -> (VmFd, GuestRam, Vec<VcpuFd>) {
+/// Every vCPU is put into one of the programs, and into the ring in which it began.
+fn machine(programs: &[Program], begin: Begin) -> (VmFd, GuestRam, Vec<VcpuFd>) {
     let (vm, ram) = bare_machine();
     let make = |(n, program): (usize, &Program)| {
-        let fd = vcpu(&vm, n as u32, programs.len() as u32, Begin::Ring0("jump_self"));
+        let fd = vcpu(&vm, n as u32, programs.len() as u32, begin);
         assert!(write_all_physical(ram.mem(), PAGE + program.offset, program.code));
         program.begins(&fd);
         fd
@@ -131,7 +135,7 @@ impl Bare {
     }
 
     fn of(program: Program) -> Self {
-        let (vm, ram, fds) = machine(&[program]);
+        let (vm, ram, fds) = machine(&[program], RING_0);
         Bare { fd: fds.into_iter().next().unwrap(), registers: false, _machine: (vm, ram) }
     }
 
@@ -165,7 +169,14 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn new(programs: &[Program]) -> Self {
-        let (vm, ram, fds) = machine(programs);
+        Self::of(machine(programs, RING_0))
+    }
+
+    pub(crate) fn in_ring_3(program: Program) -> Self {
+        Self::of(machine(&[program], RING_3))
+    }
+
+    fn of((vm, ram, fds): (VmFd, GuestRam, Vec<VcpuFd>)) -> Self {
         kick::install().unwrap();
         let bus = Arc::new(Bus::new());
         let make = |fd| (KvmCpu::new(fd, bus.clone(), ram.clone(), None), Box::new(kick::send) as Kick);
