@@ -9,7 +9,7 @@ use super::HostIdentity;
 use crate::debug::Offer;
 
 /// Version of the form of [`Capabilities`].
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// The answer to the question what this host's KVM can really do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
