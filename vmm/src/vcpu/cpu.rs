@@ -6,6 +6,7 @@ use std::io;
 use super::{Activity, Registers};
 use crate::debug::{Crash, DebugExit, DebugImage, Dr7, General, GuestRegisters, Overlay, SLOTS, StopReason};
 use crate::memory::DeviceStore;
+use crate::paging::Access;
 
 /// Why guest code stopped running. Parsed once from `kvm_run`; everything after matches on this.
 #[derive(Debug)]
@@ -156,6 +157,12 @@ pub trait Cpu {
 
     /// Whether ring 3 may use what is at a linear address, as far as the page tables say.
     fn is_users(&mut self, _addr: u64) -> bool {
+        false
+    }
+
+    /// Whether guest code where the vCPU stands, in 64-bit mode, gets at so many bytes of RAM at a linear
+    /// address without a fault; `false` if that is not certain.
+    fn may_access(&mut self, _addr: u64, _len: usize, _access: Access) -> bool {
         false
     }
 

@@ -33,6 +33,7 @@
 mod effect;
 mod gate;
 mod iret;
+mod plain;
 
 use std::io;
 
@@ -97,6 +98,7 @@ enum Phase {
 }
 
 /// What a step begins as.
+#[expect(clippy::large_enum_variant, reason = "it is matched at once, and there is one for each step")]
 pub(crate) enum Begun {
     Step(Stepped),
     /// It cannot be made on this host; why.
@@ -250,6 +252,9 @@ impl Stepped {
     /// Finds out where the instruction may lead that a single step would miss.
     fn foresee<C: Cpu>(&mut self, cpu: &mut C, registers: &Registers, event: Option<u8>) -> io::Result<()> {
         if registers.efer & LONG_MODE == 0 {
+            return Ok(());
+        }
+        if event.is_none() && self.covered.is_none() && self.effect.raises_nothing(cpu) {
             return Ok(());
         }
         let gates = Gates::read(cpu, registers);
