@@ -85,6 +85,15 @@ impl Raised {
     pub const fn fault(vector: u8) -> Self {
         Raised::Exception { vector, error: Some(0) }
     }
+
+    /// Whether the instruction that raises it has not been executed, so that a handler may have it
+    /// tried again: any exception but #DB, NMI, #BP, #OF, #DF and #MC (SDM vol. 3, 6.5).
+    pub const fn is_fault(self) -> bool {
+        match self {
+            Raised::Exception { vector, .. } => !matches!(vector, 1..=4 | 8 | 18),
+            Raised::Interrupt { .. } => false,
+        }
+    }
 }
 
 /// A vCPU whose next instruction could be carried out without it: it is in 64-bit mode, and nothing

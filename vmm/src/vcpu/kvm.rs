@@ -40,6 +40,7 @@ const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
 const INT1: u8 = 0xf1;
 const HLT: u8 = 0xf4;
 const EFER_LMA: u64 = 1 << 10;
+const RFLAGS_RF: u64 = 1 << 16;
 const CR4_CET: u64 = 1 << 23;
 /// Most bytes of one instruction.
 const MAX_INSTRUCTION: usize = 15;
@@ -468,6 +469,10 @@ impl Cpu for KvmCpu {
     fn raise(&mut self, event: Raised, len: u64) -> io::Result<()> {
         let mut regs = self.fd.get_regs()?;
         regs.rip = regs.rip.wrapping_add(len);
+        // The processor pushes it for every fault (SDM vol. 3, 18.3.1.1); KVM does for its own only.
+        if event.is_fault() {
+            regs.rflags |= RFLAGS_RF;
+        }
         self.fd.set_regs(&regs)?;
         let mut events = self.fd.get_vcpu_events()?;
         events.interrupt.shadow = 0;

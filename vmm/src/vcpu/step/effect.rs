@@ -31,7 +31,7 @@ pub(super) struct Effect {
 /// Where an instruction leads, unless it faults.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Next {
-    /// To the one behind it.
+    /// To the one behind it, if anywhere.
     Behind,
     /// Here, or to the one behind it.
     At(u64),
@@ -111,14 +111,18 @@ fn bitness(registers: &Registers) -> u32 {
 /// `registers`: of a vCPU in 64-bit mode, where linear addresses are what the instruction says.
 pub(super) fn next(instruction: &Instruction, registers: Option<&Registers>) -> Next {
     let known = match (instruction.flow_control(), registers) {
-        (FlowControl::Next, _) => Some(Next::Behind),
+        (FlowControl::Next | FlowControl::Exception, _) => Some(Next::Behind),
+        _ if matches!(instruction.code(), Code::Vmcall | Code::Vmmcall) => Some(Next::Behind),
         (_, None) => None,
         (FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call, _) => {
             (instruction.op0_kind() == OpKind::NearBranch64).then(|| Next::At(instruction.near_branch64()))
         }
         (FlowControl::Return, Some(registers)) => {
-            matches!(instruction.code(), Code::Retnq | Code::Retnq_imm16 | Code::Iretq)
-                .then_some(Next::StoredAt(registers.rsp))
+            let pops_eight_bytes = matches!(
+                instruction.code(),
+                Code::Retnq | Code::Retnq_imm16 | Code::Retfq | Code::Retfq_imm16 | Code::Iretq
+            );
+            pops_eight_bytes.then_some(Next::StoredAt(registers.rsp))
         }
         (FlowControl::IndirectBranch | FlowControl::IndirectCall, Some(registers)) => match instruction.code() {
             Code::Jmp_rm64 | Code::Call_rm64 if instruction.op0_kind() == OpKind::Register => {
@@ -385,7 +389,10 @@ mod tests {
         assert_eq!(next(&[0xff, 0x15, 0x10, 0, 0, 0]), Next::StoredAt(0x1016), "CALL [RIP+16]");
         assert_eq!(next(&[0xc3]), Next::StoredAt(0x7000), "RET");
         assert_eq!(next(&[0x48, 0xcf]), Next::StoredAt(0x7000), "IRETQ");
-        assert_eq!(next(&[0xcb]), Next::Unknown, "RETF");
+        assert_eq!(next(&[0x48, 0xcb]), Next::StoredAt(0x7000), "RETF");
+        assert_eq!(next(&[0x0f, 0x0b]), Next::Behind, "UD2");
+        assert_eq!(next(&[0x0f, 0x01, 0xc1]), Next::Behind, "VMCALL");
+        assert_eq!(next(&[0xcb]), Next::Unknown, "RETF, four bytes");
         assert_eq!(next(&[0x0f, 0x05]), Next::Unknown, "SYSCALL");
         assert_eq!(next(&[0xcc]), Next::Unknown, "INT3");
         let registers = Registers { cs: Segment::default(), ..registers };
