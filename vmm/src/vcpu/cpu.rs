@@ -203,8 +203,14 @@ pub trait Cpu {
     /// behind it is held back no longer.
     fn end_shadow(&mut self) -> io::Result<()>;
 
-    /// Kicks itself every [`LOOK_INTERVAL`](crate::limits::LOOK_INTERVAL) from now on, or no more.
+    /// Kicks itself every [`LOOK_INTERVAL`](crate::limits::LOOK_INTERVAL) from now on, and where the host
+    /// can tell, whenever the guest writes a debug register; or no more.
     fn kick_itself(&mut self, often: bool) -> io::Result<()>;
+
+    /// Whether the guest has written a debug register since this was last asked, as far as the host tells.
+    fn wrote_debug_registers(&mut self) -> bool {
+        false
+    }
 
     /// Where it stands, if an instruction may be carried out there for it.
     fn standing(&mut self) -> io::Result<Option<Standing>> {

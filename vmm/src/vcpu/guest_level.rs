@@ -6,6 +6,8 @@
 //!
 //! - where DR7.GD in the overlay makes such an access exit (VT-x), it is carried out here, and
 //!   nothing is missed;
+//! - on SVM, where the host's kernel lets this process trace its KVM, the write kicks the vCPU before the
+//!   next instruction, and nothing is missed either;
 //! - elsewhere KVM carries it out without a word. So the registers are read again after each
 //!   exit that did not come from a trap, after every [`TRAPS_PER_LOOK`]th that did, and at the
 //!   latest after [`LOOK_INTERVAL`](crate::limits::LOOK_INTERVAL) of running: the vCPU kicks itself.
@@ -95,7 +97,8 @@ impl GuestLevel {
     /// Reads them after an exit by which they may have changed unseen: with `armed`, by a `trap` or not.
     pub(crate) fn look_after<C: Cpu>(&mut self, cpu: &mut C, armed: &Overlay, trap: bool) -> io::Result<()> {
         self.traps += u32::from(trap);
-        let seen = armed.is_on() && (self.accesses_exit || trap && self.traps < TRAPS_PER_LOOK);
+        let wrote = cpu.wrote_debug_registers();
+        let seen = armed.is_on() && (self.accesses_exit || trap && !wrote && self.traps < TRAPS_PER_LOOK);
         if seen { Ok(()) } else { self.look(cpu) }
     }
 

@@ -56,12 +56,14 @@ pub struct KvmCpu {
     hidden: DebugImage,
     /// Its own timer, once it was needed.
     timer: Option<kick::Timer>,
+    /// Kicks at what its guest writes to debug registers, once they were needed; not every host has them.
+    dr_writes: Option<io::Result<kick::DrWrites>>,
 }
 
 impl KvmCpu {
     /// Takes over a vCPU whose initial state is set.
     pub fn new(fd: VcpuFd, bus: Arc<Bus>, ram: GuestRam, arm_hook: Option<ArmHook>) -> Self {
-        Self { fd: SyncedFd::new(fd), bus, ram, arm_hook, hidden: DebugImage::default(), timer: None }
+        Self { fd: SyncedFd::new(fd), bus, ram, arm_hook, hidden: DebugImage::default(), timer: None, dr_writes: None }
     }
 
     fn enter(&mut self) -> Exit {
@@ -443,7 +445,21 @@ impl Cpu for KvmCpu {
         if self.timer.is_none() && often {
             self.timer = Some(kick::Timer::new()?);
         }
+        if self.dr_writes.is_none() && often {
+            let writes = kick::DrWrites::new();
+            if let Err(error) = &writes {
+                tracing::debug!(%error, "what the guest writes to its debug registers is seen late");
+            }
+            self.dr_writes = Some(writes);
+        }
+        if let Some(Ok(writes)) = &self.dr_writes {
+            writes.set(often)?;
+        }
         self.timer.as_ref().map_or(Ok(()), |timer| timer.set(if often { LOOK_INTERVAL } else { Duration::ZERO }))
+    }
+
+    fn wrote_debug_registers(&mut self) -> bool {
+        kick::take_write()
     }
 
     fn standing(&mut self) -> io::Result<Option<Standing>> {

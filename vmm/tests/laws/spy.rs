@@ -317,6 +317,11 @@ impl Cpu for Spied {
         self.cpu.kick_itself(often)
     }
 
+    fn wrote_debug_registers(&mut self) -> bool {
+        self.spy.visit();
+        self.cpu.wrote_debug_registers()
+    }
+
     fn standing(&mut self) -> io::Result<Option<Standing>> {
         self.spy.visit();
         self.cpu.standing()
