@@ -3,15 +3,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::kvm_regs;
-use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug, kvm_regs};
+use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd, VmFd};
 use trapline_guests::fixture;
 use trapline_vmm::KvmGround;
 use trapline_vmm::coordinator::{Coordinator, Kick};
 use trapline_vmm::debug::{Offer, ResumePlan, RunMode, StopReason, VcpuId};
 use trapline_vmm::devices::bus::Bus;
 use trapline_vmm::memory::GuestRam;
-use trapline_vmm::paging::write_all_physical;
+use trapline_vmm::paging::{read_physical, write_all_physical};
 use trapline_vmm::vcpu::{KvmCpu, kick};
 
 use crate::clock::{Monitor, PATIENCE};
@@ -19,6 +19,13 @@ use crate::rig::{Begin, bare_machine, vcpu};
 
 /// Where the programs stand: a page that every ring may run.
 pub(crate) const PAGE: u64 = fixture::WATCH;
+
+/// What [`Program::MEMORY`] counts, and where it finds its way back.
+const COUNTER: u64 = PAGE + 0x800;
+const POINTER: u64 = PAGE + 0x808;
+
+const RING_0: Begin = Begin::Ring0("jump_self");
+const RING_3: Begin = Begin::Ring3("ring3_loop");
 
 /// A loop without an end. Its first instruction is the one to put a breakpoint on.
 #[derive(Clone, Copy)]
@@ -48,6 +55,13 @@ impl Program {
     pub(crate) const RARE: Program =
         Program { offset: 0x400, code: &[0xb9, 0x10, 0x27, 0, 0, 0xff, 0xc9, 0x75, 0xfc, 0x90, 0xeb, 0xf4], place: 9 };
 
+    /// `1: incq COUNTER; jmp *POINTER`, which leads back: nothing of it can be done in place.
+    pub(crate) const MEMORY: Program = Program {
+        offset: 0x600,
+        code: &[0x48, 0xff, 0x04, 0x25, 0x00, 0x88, 0x22, 0, 0xff, 0x24, 0x25, 0x08, 0x88, 0x22, 0],
+        place: 0,
+    };
+
     /// The address of the instruction that a breakpoint belongs on.
     pub(crate) fn place(self) -> u64 {
         PAGE + self.offset + self.place
@@ -59,14 +73,16 @@ impl Program {
     }
 }
 
-fn machine(programs: &[Program]) -> (VmFd, GuestRam, Vec<VcpuFd>) {
+/// Every vCPU is put into one of the programs, and into the ring in which it began.
+fn machine(programs: &[Program], begin: Begin) -> (VmFd, GuestRam, Vec<VcpuFd>) {
     let (vm, ram) = bare_machine();
     let make = |(n, program): (usize, &Program)| {
-        let fd = vcpu(&vm, n as u32, programs.len() as u32, Begin::Ring0("jump_self"));
+        let fd = vcpu(&vm, n as u32, programs.len() as u32, begin);
         assert!(write_all_physical(ram.mem(), PAGE + program.offset, program.code));
         program.begins(&fd);
         fd
     };
+    assert!(write_all_physical(ram.mem(), POINTER, &(PAGE + Program::MEMORY.offset).to_le_bytes()));
     let fds = programs.iter().enumerate().map(make).collect();
     (vm, ram, fds)
 }
@@ -74,13 +90,53 @@ fn machine(programs: &[Program]) -> (VmFd, GuestRam, Vec<VcpuFd>) {
 /// A vCPU in a loop around KVM_RUN, with nothing of ours between.
 pub(crate) struct Bare {
     fd: VcpuFd,
+    /// What each exit brings along, and each entry takes.
+    registers: bool,
     _machine: (VmFd, GuestRam),
 }
 
 impl Bare {
+    /// One whose exits bring all registers along, and whose entries take the general ones, as a
+    /// counted hit needs it.
+    pub(crate) fn with_registers() -> Self {
+        Self::new().synced()
+    }
+
+    /// One that does nothing but run into a breakpoint on a NOP and be moved on: what a counted hit
+    /// costs without us.
+    pub(crate) fn with_breakpoint() -> Self {
+        let bare = Self::of(Program::NOP).synced();
+        let mut debug = kvm_guest_debug { control: KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, ..Default::default() };
+        debug.arch.debugreg[0] = Program::NOP.place();
+        debug.arch.debugreg[7] = 0x402;
+        bare.fd.set_guest_debug(&debug).unwrap();
+        bare
+    }
+
+    fn synced(mut self) -> Self {
+        for registers in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
+            self.fd.set_sync_valid_reg(registers);
+        }
+        Bare { registers: true, ..self }
+    }
+
+    /// Seconds of this thread's processor time for an ioctl that only looks.
+    pub(crate) fn cost_of_an_ioctl(&self) -> f64 {
+        const TIMES: u32 = 10_000;
+        let began = thread_time();
+        for _ in 0..TIMES {
+            self.fd.get_regs().unwrap();
+        }
+        ((thread_time() - began) / TIMES).as_secs_f64()
+    }
+
     pub(crate) fn new() -> Self {
-        let (vm, ram, fds) = machine(&[Program::OUT]);
-        Bare { fd: fds.into_iter().next().unwrap(), _machine: (vm, ram) }
+        Self::of(Program::OUT)
+    }
+
+    fn of(program: Program) -> Self {
+        let (vm, ram, fds) = machine(&[program], RING_0);
+        Bare { fd: fds.into_iter().next().unwrap(), registers: false, _machine: (vm, ram) }
     }
 
     /// Seconds of this thread's processor time for one exit.
@@ -88,7 +144,14 @@ impl Bare {
         let (began, started, mut exits) = (thread_time(), Instant::now(), 0u64);
         while started.elapsed() < window {
             for _ in 0..100 {
-                assert!(matches!(self.fd.run(), Ok(VcpuExit::IoOut(..))));
+                match self.fd.run() {
+                    Ok(VcpuExit::IoOut(..)) => {}
+                    Ok(VcpuExit::Debug(_)) => self.fd.sync_regs_mut().regs.rip += 1,
+                    other => panic!("{other:?}"),
+                }
+                if self.registers {
+                    self.fd.set_sync_dirty_reg(SyncReg::Register);
+                }
             }
             exits += 100;
         }
@@ -101,12 +164,19 @@ pub(crate) struct Guest {
     // Dropped first: its threads use everything below.
     pub(crate) coordinator: Coordinator,
     events: Arc<Monitor<u64>>,
-    _machine: (Arc<VmFd>, GuestRam),
+    machine: (Arc<VmFd>, GuestRam),
 }
 
 impl Guest {
     pub(crate) fn new(programs: &[Program]) -> Self {
-        let (vm, ram, fds) = machine(programs);
+        Self::of(machine(programs, RING_0))
+    }
+
+    pub(crate) fn in_ring_3(program: Program) -> Self {
+        Self::of(machine(&[program], RING_3))
+    }
+
+    fn of((vm, ram, fds): (VmFd, GuestRam, Vec<VcpuFd>)) -> Self {
         kick::install().unwrap();
         let bus = Arc::new(Bus::new());
         let make = |fd| (KvmCpu::new(fd, bus.clone(), ram.clone(), None), Box::new(kick::send) as Kick);
@@ -117,7 +187,7 @@ impl Guest {
         let vm = Arc::new(vm);
         let pages = Offer { data_slots: false, pages: true, ..Offer::SLOTS };
         coordinator.use_ground(Box::new(KvmGround::new(vm.clone(), ram.clone())), pages);
-        Guest { coordinator, events, _machine: (vm, ram) }
+        Guest { coordinator, events, machine: (vm, ram) }
     }
 
     pub(crate) fn go(&mut self, mode: RunMode) {
@@ -145,6 +215,13 @@ impl Guest {
         self.coordinator.stop().unwrap();
         assert_eq!(self.coordinator.take_stop(), None, "it stopped by itself");
         vcpu_time() - before
+    }
+
+    /// What [`Program::MEMORY`] has counted.
+    pub(crate) fn counted_in_memory(&self) -> u64 {
+        let mut bytes = [0; 8];
+        assert_eq!(read_physical(self.machine.1.mem(), COUNTER, &mut bytes), 8);
+        u64::from_le_bytes(bytes)
     }
 
     /// What [`Program::COUNT`] and [`Program::STORES`] have counted.

@@ -44,12 +44,24 @@ fn main() {
     let exit = median((0..TURNS).map(|_| bare.cost(WINDOW)).collect());
     row("a bare exit (KVM_RUN, port I/O)", exit, None, Goal::None);
 
+    let (one, ratio) = in_turns(&mut Bare::new(), &mut || bare.cost_of_an_ioctl());
+    row("an ioctl that does nothing (KVM_GET_REGS)", one, Some(ratio), Goal::None);
+    let mut synced = Bare::with_registers();
+    let (one, ratio) = in_turns(&mut bare, &mut || synced.cost(WINDOW));
+    row("a bare exit with registers both ways", one, Some(ratio), Goal::None);
+
+    let mut hits = Bare::with_breakpoint();
+    let (one, ratio) = in_turns(&mut bare, &mut || hits.cost(WINDOW));
+    row("the same with a hit for an exit", one, Some(ratio), Goal::None);
+
     let (hit, ratio) = in_turns(&mut bare, &mut counted(Program::NOP));
     row("a counted hit, its instruction in place", hit, Some(ratio), Goal::AtMost(1.5));
     let (hit, ratio) = in_turns(&mut bare, &mut counted(Program::STORE));
     row("a counted hit, its instruction stepped", hit, Some(ratio), Goal::AtMost(3.0));
-    let (step, ratio) = in_turns(&mut bare, &mut steps());
-    row("a single step within a range", step, Some(ratio), Goal::AtMost(1.3));
+    let (step, ratio) = in_turns(&mut bare, &mut steps(Program::COUNT));
+    row("a single step, in place", step, Some(ratio), Goal::AtMost(1.3));
+    let (step, ratio) = in_turns(&mut bare, &mut steps(Program::MEMORY));
+    row("a single step, by KVM", step, Some(ratio), Goal::AtMost(1.3));
     let (store, ratio) = in_turns(&mut bare, &mut stores(fixture::SOURCE + 0x800));
     row("a store beside a watched range, on its page", store, Some(ratio), Goal::None);
     let (store, ratio) = in_turns(&mut bare, &mut stores(fixture::SOURCE));
@@ -65,7 +77,13 @@ fn main() {
         let change = median(changes(cpus));
         row(&format!("a change of the set on {cpus} running vCPUs"), change, Some(change / exit), Goal::None);
     }
-    report::percent("a guest with four slots armed, none hit", slowdown(), 1.0);
+    // Where ring 0 is interpreted, ring 3 is what runs natively.
+    report::percent(
+        "a guest in ring 3 with four slots armed, none hit",
+        slowdown(&mut Guest::in_ring_3(Program::COUNT)),
+        1.0,
+    );
+    report::percent("the same in ring 0", slowdown(&mut Guest::new(&[Program::COUNT])), 1.0);
 }
 
 /// The cost of one in seconds, and in bare exits of the same turn.
@@ -107,12 +125,13 @@ fn stores(watched: u64) -> impl FnMut() -> f64 {
 }
 
 /// Steps around a loop of two instructions that counts, all of them on the vCPU's own thread.
-fn steps() -> impl FnMut() -> f64 {
-    let mut guest = Guest::new(&[Program::COUNT]);
+fn steps(program: Program) -> impl FnMut() -> f64 {
+    let mut guest = Guest::new(&[program]);
+    let count = |guest: &mut Guest| guest.count(0) + guest.counted_in_memory();
     move || {
-        let before = guest.count(0);
+        let before = count(&mut guest);
         let spent = guest.run_for(WINDOW, RunMode::StepRange { start: PAGE, end: PAGE + 0x1000 });
-        spent.as_secs_f64() / (2 * (guest.count(0) - before)) as f64
+        spent.as_secs_f64() / (2 * (count(&mut guest) - before)) as f64
     }
 }
 
@@ -164,8 +183,7 @@ fn changes(cpus: usize) -> Vec<f64> {
 }
 
 /// How much slower a guest counts with four slots armed that it never hits, in per cent.
-fn slowdown() -> f64 {
-    let mut guest = Guest::new(&[Program::COUNT]);
+fn slowdown(guest: &mut Guest) -> f64 {
     let unhit: Vec<_> = (0..4).map(|n| Breakpoint::exec(PAGE + 0xf00 + n)).collect();
     let mut speed = |armed: bool| {
         for &breakpoint in &unhit {

@@ -233,6 +233,18 @@ mod tests {
         DebugExit { exception: 1, pc, dr6 }
     }
 
+    proptest! {
+        /// KVM leaves in it what the last #DB put there.
+        #[test]
+        fn l26_what_an_exit_says_without_a_debug_exception_is_not_read(dr6: u64, stepping: bool, pc in 0x1000u64..0x1004) {
+            let image = image(&[0, 1, 2, 3].map(|n| Breakpoint::exec(0x1000 + n)));
+            let causes = |dr6| split(DebugExit { exception: BP, pc, dr6 }, &image, stepping, none());
+            let (these, none) = (causes(dr6), causes(Dr6::RESET));
+            prop_assert!(these.hits.is_empty() && these.guest_bp);
+            prop_assert_eq!(these, none);
+        }
+    }
+
     #[test]
     fn l20_all_causes_in_one_pass() {
         // Measured on kvm_intel: a write and an access slot on one address, dr6 = ffff0ff5 style.

@@ -26,6 +26,8 @@ use crate::debug::{
 const TF: u64 = 1 << 8;
 /// RFLAGS.RF.
 const RF: u64 = 1 << 16;
+/// POPF, the last byte of it.
+const POPF: u8 = 0x9d;
 /// Most bytes of one instruction.
 const MAX_INSTRUCTION: usize = 15;
 /// After so many traps in a row the guest's registers are read again. A trap that is only counted
@@ -232,9 +234,12 @@ impl<C: Cpu> GuestView for View<'_, C> {
     }
 
     fn single_steps(&mut self) -> bool {
-        let has_tf = self.cpu.state().is_ok_and(|registers| registers.rflags & TF != 0);
-        // The trap behind a POPF or IRET that clears TF comes with TF clear.
-        let cleared = self.level.clears_tf.take().is_some() && !has_tf;
+        let Ok(registers) = self.cpu.state() else { return false };
+        let has_tf = registers.rflags & TF != 0;
+        // The trap behind a POPF or IRET that clears TF comes with TF clear. A program that was stepped to
+        // its POPF on another vCPU was not seen there on this one; nobody else uses one in ring 3.
+        let seen = self.level.clears_tf.take().is_some();
+        let cleared = !has_tf && (seen || registers.cpl() == 3 && self.is_behind_popf());
         if has_tf {
             let mut bytes = [0; MAX_INSTRUCTION];
             let got = self.cpu.read(self.pc, &mut bytes);
@@ -245,6 +250,13 @@ impl<C: Cpu> GuestView for View<'_, C> {
 
     fn resumes(&mut self) -> bool {
         self.cpu.state().is_ok_and(|registers| registers.rflags & RF != 0)
+    }
+}
+
+impl<C: Cpu> View<'_, C> {
+    fn is_behind_popf(&mut self) -> bool {
+        let mut byte = [0];
+        self.cpu.read(self.pc.wrapping_sub(1), &mut byte) == 1 && byte[0] == POPF
     }
 }
 

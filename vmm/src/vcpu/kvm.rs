@@ -4,7 +4,9 @@
 //! fills in.
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
 use std::slice;
 use std::sync::Arc;
@@ -21,6 +23,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use super::stats::Counter;
 use super::synced::SyncedFd;
 use super::xsave::{put_fpu, to_fpu};
 use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Raised, Registers, Ring3, Segment, Standing, kick};
@@ -38,6 +41,7 @@ const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
 
 /// INT1, which raises #DB without any cause bit.
 const INT1: u8 = 0xf1;
+const HLT: u8 = 0xf4;
 const EFER_LMA: u64 = 1 << 10;
 const CR4_CET: u64 = 1 << 23;
 /// Most bytes of one instruction.
@@ -58,17 +62,35 @@ pub struct KvmCpu {
     timer: Option<kick::Timer>,
     /// Kicks at what its guest writes to debug registers, once they were needed; not every host has them.
     dr_writes: Option<io::Result<kick::DrWrites>>,
+    /// KVM's count of emulated accesses, once it was needed, if it has one.
+    emulated_faults: Option<Option<Counter>>,
+    /// The last exit, if it was a trap.
+    trapped: Option<DebugExit>,
+    /// It was runnable when it was looked at, and was not entered since.
+    awake: bool,
 }
 
 impl KvmCpu {
     /// Takes over a vCPU whose initial state is set.
     pub fn new(fd: VcpuFd, bus: Arc<Bus>, ram: GuestRam, arm_hook: Option<ArmHook>) -> Self {
-        Self { fd: SyncedFd::new(fd), bus, ram, arm_hook, hidden: DebugImage::default(), timer: None, dr_writes: None }
+        Self {
+            fd: SyncedFd::new(fd),
+            bus,
+            ram,
+            arm_hook,
+            hidden: DebugImage::default(),
+            timer: None,
+            dr_writes: None,
+            emulated_faults: None,
+            trapped: None,
+            awake: false,
+        }
     }
 
     fn enter(&mut self) -> Exit {
         // The crate's own reading of the exit loses the width of string I/O and all of an
         // internal error, so the page is read here, once.
+        (self.trapped, self.awake) = (None, false);
         match self.fd.run() {
             Ok(()) => self.parse(),
             Err(error) => match error.errno() {
@@ -123,7 +145,9 @@ impl KvmCpu {
             KVM_EXIT_DEBUG => {
                 // SAFETY: KVM_EXIT_DEBUG fills `debug`.
                 let debug = unsafe { body.debug.arch };
-                Exit::Debug(DebugExit { exception: debug.exception, pc: debug.pc, dr6: debug.dr6 })
+                let exit = DebugExit { exception: debug.exception, pc: debug.pc, dr6: debug.dr6 };
+                self.trapped = Some(exit);
+                Exit::Debug(exit)
             }
             KVM_EXIT_INTR => Exit::Kicked,
             KVM_EXIT_SHUTDOWN => Exit::Crash(Crash::TripleFault { state_lost: self.looks_reset() }),
@@ -152,6 +176,16 @@ impl KvmCpu {
         }
     }
 
+    /// What KVM_GET_STATS_FD gives.
+    fn stats(&self) -> Option<File> {
+        /// `_IO(KVMIO, 0xce)`.
+        const KVM_GET_STATS_FD: libc::c_ulong = 0xaece;
+        // SAFETY: it takes no argument, and gives a file descriptor or -1.
+        let fd = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_GET_STATS_FD, 0) };
+        // SAFETY: a new file descriptor, which nobody else has.
+        (fd >= 0).then(|| unsafe { File::from_raw_fd(fd) })
+    }
+
     fn bytes_at_pc(&mut self) -> Vec<u8> {
         let mut bytes = vec![0; MAX_INSTRUCTION];
         let got = self.pc().map_or(0, |pc| self.read(pc, &mut bytes));
@@ -163,6 +197,14 @@ impl KvmCpu {
     fn looks_reset(&self) -> bool {
         let (Ok(regs), Ok(sregs)) = (self.fd.get_regs(), self.fd.get_sregs()) else { return false };
         regs.rip == 0xfff0 && sregs.cs.base == 0xffff_0000
+    }
+
+    /// Whether it has just come out of the guest with a trap, and not behind a HLT: then it is
+    /// runnable, and that costs no ioctl to know.
+    fn has_just_trapped_awake(&mut self) -> bool {
+        let Some(exit) = self.trapped.filter(|_| self.fd.is_fresh()) else { return false };
+        let mut before = [HLT];
+        !Dr6(exit.dr6).single_step() || self.read(exit.pc.wrapping_sub(1), &mut before) == 1 && before[0] != HLT
     }
 
     fn paging(&self) -> io::Result<Paging> {
@@ -319,6 +361,9 @@ impl Cpu for KvmCpu {
     }
 
     fn activity(&mut self) -> io::Result<Activity> {
+        if self.has_just_trapped_awake() {
+            return Ok(Activity::Runnable);
+        }
         Ok(match self.fd.get_mp_state()?.mp_state {
             KVM_MP_STATE_RUNNABLE => Activity::Runnable,
             KVM_MP_STATE_HALTED => Activity::Halted,
@@ -328,6 +373,7 @@ impl Cpu for KvmCpu {
     }
 
     fn halt(&mut self) -> io::Result<()> {
+        self.awake = false;
         let mut regs = self.fd.get_regs()?;
         regs.rip = regs.rip.wrapping_add(1);
         self.fd.set_regs(&regs)?;
@@ -338,6 +384,17 @@ impl Cpu for KvmCpu {
 
     fn translate(&mut self, addr: u64) -> Option<u64> {
         Some(self.paging().ok()?.translate(self.ram.mem(), addr)?.gpa)
+    }
+
+    fn tables(&mut self, addr: u64) -> Vec<u64> {
+        self.paging().map_or_else(|_| Vec::new(), |paging| paging.tables(self.ram.mem(), addr))
+    }
+
+    fn emulated_faults(&mut self) -> Option<u64> {
+        if self.emulated_faults.is_none() {
+            self.emulated_faults = Some(self.stats().and_then(|file| Counter::find(file, "pf_emulate")));
+        }
+        self.emulated_faults.as_ref()?.as_ref()?.value()
     }
 
     fn is_users(&mut self, addr: u64) -> bool {
@@ -463,10 +520,11 @@ impl Cpu for KvmCpu {
     }
 
     fn standing(&mut self) -> io::Result<Option<Standing>> {
-        // One that has just come out of the guest was running.
-        if !self.fd.is_fresh() && self.activity()? != Activity::Runnable {
+        self.awake = self.awake || self.activity()? == Activity::Runnable;
+        if !self.awake {
             return Ok(None);
         }
+        self.fd.refresh()?;
         let (sregs, events) = (self.fd.get_sregs()?, self.fd.get_vcpu_events()?);
         let long = sregs.efer & EFER_LMA != 0 && sregs.cs.l != 0;
         // With branch tracking an instruction has to be the one that a jump may lead to.

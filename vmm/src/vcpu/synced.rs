@@ -63,6 +63,21 @@ impl SyncedFd {
         self.general && self.system
     }
 
+    /// Asks for whatever is not known: what follows costs no ioctl, until something changes.
+    pub(super) fn refresh(&mut self) -> Result<()> {
+        if !self.general {
+            self.fd.sync_regs_mut().regs = self.fd.get_regs()?;
+            self.general = true;
+        }
+        if !self.system {
+            let (sregs, events) = (self.fd.get_sregs()?, self.fd.get_vcpu_events()?);
+            let page = self.fd.sync_regs_mut();
+            (page.sregs, page.events) = (sregs, events);
+            self.system = true;
+        }
+        Ok(())
+    }
+
     /// KVM_RUN.
     pub(super) fn run(&mut self) -> Result<()> {
         let page = self.fd.get_kvm_run();

@@ -22,6 +22,7 @@ use super::guest_level::GuestLevel;
 use super::over;
 use super::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
 use super::step::{Arrival, Begun, Crossing, DB, Outcome, Placed, Stepped};
+use super::unserved::Progress;
 use crate::debug::{
     BP, Breakpoint, Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Dr7, Expectation, GuestState, Hit, INT3,
     Level, Notice, Overlay, Owner, Piece, RunMode, Slot, SlotCondition, SlotOwner, Stop, StopReason, Stored, Trigger,
@@ -130,6 +131,10 @@ pub(crate) struct VcpuThread<C> {
     kicks_itself: bool,
     /// It was logged that no slot is left for the guest.
     said_lost: bool,
+    /// The guest's debug registers were read since it last ran.
+    guest_is_known: bool,
+    /// Whether it gets on, where pages are watched.
+    pub(super) progress: Progress,
 }
 
 impl<C: Cpu> VcpuThread<C> {
@@ -159,6 +164,8 @@ impl<C: Cpu> VcpuThread<C> {
             guest: GuestLevel::default(),
             kicks_itself: false,
             said_lost: false,
+            guest_is_known: false,
+            progress: Progress::default(),
         }
     }
 
@@ -224,7 +231,7 @@ impl<C: Cpu> VcpuThread<C> {
             Request::ReadRegisters => self.cpu.registers().map(|r| Reply::Registers(Box::new(r))),
             Request::WriteRegisters(registers) => {
                 // Writing registers drops what KVM latched for the step (law 7).
-                self.armed = None;
+                (self.armed, self.guest_is_known) = (None, false);
                 let written = self.cpu.set_registers(&registers);
                 self.look();
                 written.map(|()| Reply::Done)
@@ -291,7 +298,10 @@ impl<C: Cpu> VcpuThread<C> {
 
     fn resume(&mut self, mode: RunMode) {
         if mode != RunMode::Parked && matches!(self.state, State::Parked) {
-            self.cpu.resumed();
+            // KVM then gives the clock a new version: who reads it step by step would never be done.
+            if mode == RunMode::Continue {
+                self.cpu.resumed();
+            }
             self.parked_from = None;
             self.state = State::Running(mode);
             self.kick_itself_if_needed();
@@ -370,25 +380,55 @@ impl<C: Cpu> VcpuThread<C> {
             Err(error) => tracing::warn!(vcpu = self.id.0, %error, "not carried out in place; KVM steps it"),
         }
         // Entering the guest completes whatever access was served before.
-        self.incomplete = false;
+        (self.incomplete, self.guest_is_known) = (false, false);
         let exit = self.cpu.run();
         self.handle(exit, &entry, mode);
     }
 
-    /// Gets off a breakpoint that was told without an entry, if its instruction allows that (law 41).
+    /// Carries out the instruction at RIP without an entry, if it is to be stepped and allows that;
+    /// whether it did (law 41).
     fn is_over_in_place(&mut self, mode: RunMode) -> bool {
-        let on = self.told.filter(|told| told.crossing && mode == RunMode::Continue && self.stepped.is_none());
-        // What is not armed as for running on may hide the guest's TF.
-        let over = match on {
-            Some(told) => self.arm_to_run().and_then(|_| over::in_place(&mut self.cpu, &self.image, told.pc)),
-            None => return false,
-        };
         // The step that is tried next tells what went wrong.
-        let done = over.unwrap_or(false);
-        if done {
-            self.told = None;
+        let over = self.goes_over_in_place(mode).unwrap_or(false);
+        if over {
+            self.step_done(Arrival::Done, mode);
         }
-        done
+        over
+    }
+
+    fn goes_over_in_place(&mut self, mode: RunMode) -> io::Result<bool> {
+        let half_done = self.stepped.is_some() || self.incomplete;
+        let is_owed = self.owes_trap_at.is_some() || self.guest.is_owed();
+        if half_done || is_owed || mode == RunMode::Continue && self.told.is_none() {
+            return Ok(false);
+        }
+        let pc = self.cpu.pc()?;
+        let told = self.told.filter(|told| told.pc == pc);
+        let crossing = told.is_some_and(|told| told.crossing);
+        if mode == RunMode::Continue && !crossing {
+            return Ok(false);
+        }
+        let heard = told.map_or(0, |told| self.heard(pc, told.crossing));
+        // Who has not had its say yet is hit first.
+        if self.image.exec_slots_at(pc).any(|(n, _)| heard & 1 << n == 0) {
+            return Ok(false);
+        }
+        let Some(after) = over::in_place(&mut self.cpu, &self.image, pc, crossing)? else { return Ok(false) };
+        // So are the guest's own breakpoints; with none of ours nobody has looked at them.
+        if !crossing && self.guests_breakpoint_at(pc)? {
+            return Ok(false);
+        }
+        self.cpu.advance(&after)?;
+        Ok(true)
+    }
+
+    /// Whether the guest has a breakpoint of its own at `pc`. What it has set changes only while it runs.
+    fn guests_breakpoint_at(&mut self, pc: u64) -> io::Result<bool> {
+        if !self.guest_is_known {
+            self.guest.look(&mut self.cpu)?;
+            self.guest_is_known = true;
+        }
+        Ok(self.guest.stops_at(pc) != 0)
     }
 
     /// Decides what to arm for the next entry and arms it: the slots, less those that this vCPU
@@ -483,7 +523,9 @@ impl<C: Cpu> VcpuThread<C> {
             }
         }
         match exit {
-            Exit::Kicked | Exit::Again => {}
+            Exit::Kicked | Exit::Again => {
+                self.is_stuck();
+            }
             Exit::Served(None) => self.incomplete = true,
             Exit::Served(Some(reason)) => {
                 self.incomplete = true;
@@ -496,7 +538,7 @@ impl<C: Cpu> VcpuThread<C> {
             // A KVM that interprets ring 0 does not know INT3 (law 54).
             Exit::Crash(Crash::EmulationFailure { bytes })
                 if bytes.first() == Some(&INT3) && self.cpu.pc().is_ok_and(|pc| self.ran_into_patch(pc, mode)) => {}
-            Exit::Crash(Crash::EmulationFailure { bytes }) if self.raises(&bytes, mode) => {}
+            Exit::Crash(Crash::EmulationFailure { bytes }) if self.is_stuck() || self.raises(&bytes, mode) => {}
             Exit::Crash(crash) => {
                 let crash = self.explain(crash);
                 self.stop(StopReason::Crash(crash));
@@ -507,7 +549,7 @@ impl<C: Cpu> VcpuThread<C> {
     /// #DB or #BP, after a store of the same instruction that these requests watch.
     pub(super) fn trapped(&mut self, exit: DebugExit, stores: Vec<Found>, entry: &Entry, mode: RunMode) {
         let stopped_by_step = entry.placed.stopped(&exit);
-        if stopped_by_step && self.stepped.as_ref().is_some_and(Stepped::waits) {
+        if stopped_by_step && self.stepped.as_ref().is_some_and(|stepped| stepped.is_awake_at(exit.pc)) {
             // It is awake, and what woke it has been handled: now for the step itself.
             self.stepped = None;
             return;

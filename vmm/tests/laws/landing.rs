@@ -5,7 +5,7 @@ use trapline_guests::fixture::{self, LogEntry, cpu_field, vector};
 use trapline_vmm::debug::{Breakpoint, RunMode, StopReason, Trigger, VcpuId};
 use trapline_vmm::vcpu::Activity;
 
-use crate::lane::Flavour::{Amd, Intel, Pvm};
+use crate::lane::Flavour::{Intel, Pvm};
 use crate::lane::Need::{DataWatch, Issue3On, StepInRing3, Syscall};
 use crate::lane::{Need, flavour};
 use crate::law::{Law, law};
@@ -51,7 +51,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l49_step_over_a_fault_in_ring_3_lands_on_the_handler, StepInRing3),
         law!(l49_step_over_int3_in_ring_3_lands_on_the_handler, StepInRing3),
         law!(l49_a_step_in_ring_3_is_made_or_refused),
-        law!(l52_a_step_of_a_sleeping_vcpu_waits_for_its_interrupt, Issue3On(&[Amd])),
+        law!(l52_a_step_of_a_sleeping_vcpu_waits_for_its_interrupt),
     ];
     for (what, ..) in EXCEPTIONS {
         // VT-x exits on INT1 itself.

@@ -33,6 +33,11 @@ pub(crate) enum Need {
     DrWrites,
     /// An execution slot may be armed while a vCPU is in real mode. QEMU's SVM emulation crashes.
     RealModeSlots,
+    /// A page of page tables can be read-only for the guest: its stores there are told, and its walks go on. With
+    /// nested paging they do not.
+    WatchedTables,
+    /// They do not, and it is found out: KVM counts what it emulates, and can be kicked.
+    StuckTables,
     /// The probe's answers on this KVM are recorded.
     Record,
     /// The debug core does not do this yet on these flavours of KVM (issue 3).
@@ -68,6 +73,8 @@ impl Need {
             }
             Need::Syscall => (flavour() != Some(Flavour::Pvm), "no SYSCALL between the rings"),
             Need::SeveralHits => (seen().multi_hit_data == MultiHit::All, "one hit per DR6: multi_hit_data"),
+            Need::WatchedTables => (flavour() == Some(Flavour::Pvm), "page tables cannot be watched"),
+            Need::StuckTables => (flavour() == Some(Flavour::Amd), "no nested paging, or no kick"),
             Need::Record => (crate::doctor::record().is_some(), "no record of this KVM"),
             Need::Issue3On(flavours) => (!flavour().is_some_and(|here| flavours.contains(&here)), "issue 3"),
         };

@@ -19,6 +19,7 @@ mod landing;
 mod lane;
 mod law;
 mod lifecycle;
+mod off;
 mod once;
 mod over;
 mod patch;
@@ -26,6 +27,7 @@ mod rig;
 mod spy;
 mod step;
 mod stop_all;
+mod truth;
 mod update;
 mod watch;
 
@@ -53,6 +55,7 @@ fn all() -> Vec<Law> {
         update::laws(),
         once::laws(),
         fire::laws(),
+        off::laws(),
         over::laws(),
         stop_all::laws(),
         guest::laws(),
@@ -61,6 +64,7 @@ fn all() -> Vec<Law> {
         landing::laws(),
         patch::laws(),
         lifecycle::laws(),
+        truth::laws(),
     ]
     .concat()
 }

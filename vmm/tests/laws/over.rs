@@ -27,9 +27,11 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l41_a_reserved_nop_is_not_stepped),
         law!(l41_a_nop_that_was_told_is_left_in_place),
         law!(l41_the_next_instruction_is_told_too),
+        law!(l41_a_debuggers_step_is_in_place_too),
+        law!(l41_a_trap_counts_before_the_debuggers_step),
         law!(l41_a_function_entry_is_crossed_without_a_step_on_every_vcpu, Kick),
         law!(l41_what_touches_memory_is_stepped),
-        law!(l41_not_under_the_guests_own_trap_flag, Issue3On(&[])),
+        law!(l41_not_under_the_guests_own_trap_flag),
         law!(l41_not_in_the_shadow_of_sti, Issue3On(&[Intel])),
         law!(l41_registers_written_at_the_stop_are_what_it_starts_from),
         law!(l40_several_at_one_place_and_within_are_each_told_once),
@@ -366,6 +368,36 @@ fn l41_the_next_instruction_is_told_too() {
     // PAUSE may leave the guest; it is stepped.
     let (steps, advances) = steps_and_advances(&rig, 0);
     assert_eq!((steps > 0, advances), (true, 6));
+}
+
+fn l41_a_debuggers_step_is_in_place_too() {
+    let mut rig = Rig::one("nops");
+    rig.run_to("nop_1");
+    let before = steps_and_advances(&rig, 0);
+    for label in &NOPS[1..11] {
+        // Over the NOP before, and over the count behind it.
+        rig.step();
+        assert_eq!(name(rig.step()), name(at(label)));
+    }
+    // ENDBR64 and its count; PAUSE is stepped.
+    let range = RunMode::StepRange { start: at("nop_endbr"), end: at("nop_pause") };
+    assert_eq!(rig.run_first(range), StopReason::Step);
+    assert_eq!((name(rig.pc(0)), rig.registers(0).r8), (name(at("nop_pause")), 11));
+    let after = steps_and_advances(&rig, 0);
+    assert_eq!((after.0 - before.0, after.1 - before.1), (0, 22));
+    rig.step();
+    assert!(steps_and_advances(&rig, 0).0 > before.0);
+    assert_eq!(rig.run_first(RunMode::Continue), StopReason::GuestExit(0));
+    assert_eq!(rig.registers(0).r8, 3 * 13);
+}
+
+fn l41_a_trap_counts_before_the_debuggers_step() {
+    let mut rig = Rig::one("nops");
+    let hits = counted(&mut rig, at("nop_3"));
+    rig.run_to("nop_1");
+    let range = RunMode::StepRange { start: at("nops_round"), end: at("nops_end") };
+    assert_eq!(rig.run_first(range), StopReason::Step);
+    assert_eq!((name(rig.pc(0)), hits.load(Ordering::Relaxed), rig.registers(0).r8), (name(at("nops_end")), 3, 39));
 }
 
 fn l41_a_function_entry_is_crossed_without_a_step_on_every_vcpu() {
