@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug, kvm_regs};
+use kvm_bindings::{
+    KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug,
+    kvm_regs,
+};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd, VmFd};
 use trapline_guests::fixture;
 use trapline_vmm::KvmGround;
@@ -92,6 +95,8 @@ pub(crate) struct Bare {
     fd: VcpuFd,
     /// What each exit brings along, and each entry takes.
     registers: bool,
+    /// What is said to KVM before each entry.
+    debug: Option<kvm_guest_debug>,
     _machine: (VmFd, GuestRam),
 }
 
@@ -111,6 +116,12 @@ impl Bare {
         debug.arch.debugreg[7] = 0x402;
         bare.fd.set_guest_debug(&debug).unwrap();
         bare
+    }
+
+    /// One that is stepped: what a step costs without us.
+    pub(crate) fn with_steps() -> Self {
+        let control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ;
+        Bare { debug: Some(kvm_guest_debug { control, ..Default::default() }), ..Self::of(Program::MEMORY) }
     }
 
     fn synced(mut self) -> Self {
@@ -136,7 +147,7 @@ impl Bare {
 
     fn of(program: Program) -> Self {
         let (vm, ram, fds) = machine(&[program], RING_0);
-        Bare { fd: fds.into_iter().next().unwrap(), registers: false, _machine: (vm, ram) }
+        Bare { fd: fds.into_iter().next().unwrap(), registers: false, debug: None, _machine: (vm, ram) }
     }
 
     /// Seconds of this thread's processor time for one exit.
@@ -144,8 +155,12 @@ impl Bare {
         let (began, started, mut exits) = (thread_time(), Instant::now(), 0u64);
         while started.elapsed() < window {
             for _ in 0..100 {
+                if let Some(debug) = &self.debug {
+                    self.fd.set_guest_debug(debug).unwrap();
+                }
                 match self.fd.run() {
                     Ok(VcpuExit::IoOut(..)) => {}
+                    Ok(VcpuExit::Debug(_)) if self.debug.is_some() => {}
                     Ok(VcpuExit::Debug(_)) => self.fd.sync_regs_mut().regs.rip += 1,
                     other => panic!("{other:?}"),
                 }

@@ -13,13 +13,13 @@ pub(crate) fn row(what: &str, seconds: f64, exits: Option<f64>, goal: Goal) {
         (Goal::AtMost(most), Some(exits)) => format!("at most {most}: {}", verdict(exits <= most)),
         _ => String::new(),
     };
-    println!("{what:<44} {:>12} {exits_told:>14}   {goal}", time(seconds));
+    println!("{what:<50} {:>12} {exits_told:>14}   {goal}", time(seconds));
 }
 
 /// One line about a slowdown.
 pub(crate) fn percent(what: &str, slower: f64, most: f64) {
     let told = format!("{slower:+.2} %");
-    println!("{what:<44} {told:>12} {:>14}   at most {most} %: {}", "", verdict(slower <= most));
+    println!("{what:<50} {told:>12} {:>14}   at most {most} %: {}", "", verdict(slower <= most));
 }
 
 fn verdict(holds: bool) -> &'static str {
