@@ -28,8 +28,7 @@ pub(crate) enum Need {
     Patches,
     /// The guest's own DR7.GD works while slots of ours are armed. KVM's SVM code does not look at it.
     GeneralDetect,
-    /// The host tells of every access of the guest's to its debug registers: VT-x by GD, SVM where the kernel
-    /// lets us trace its KVM, which the svm lane's does.
+    /// The host's kernel lets us trace what SVM guests write to their debug registers, as the svm lane's does.
     DrWrites,
     /// An execution slot may be armed while a vCPU is in real mode. QEMU's SVM emulation crashes.
     RealModeSlots,
@@ -62,9 +61,7 @@ impl Need {
             }
             Need::Patches => (capabilities().can_patch(), "INT3 goes to the guest: int3_cpl0"),
             Need::GeneralDetect => (flavour() != Some(Flavour::Amd), "no GD beside ours"),
-            Need::DrWrites => {
-                (flavour() == Some(Flavour::Intel) || lane() == "svm", "accesses to debug registers are not told")
-            }
+            Need::DrWrites => (lane() == "svm", "KVM's exits are not traced"),
             Need::DataWatch => (capabilities().can_watch_in_hardware(), "no data watch: w_data, rw_data"),
             Need::ExecInRing3 => (seen().x_cpl3 == Slot::Fires, "no exec slot in ring 3: x_cpl3"),
             Need::StepInRing3 => {

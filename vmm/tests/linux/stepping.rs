@@ -22,7 +22,8 @@ const LEGS: [Leg; 5] = [
     // The way out of it is long: it is late for the next tick already.
     Leg { start: "asm_sysvec_apic_timer_interrupt", least: 1500, until: "update_process_times" },
     Leg { start: "swapgs_restore_regs_and_return_to_usermode", least: 1000, until: "user" },
-    Leg { start: "__schedule", least: 2500, until: "__switch_to" },
+    // Another process comes back to where it was switched from.
+    Leg { start: "__switch_to_asm", least: 2500, until: "__schedule" },
 ];
 
 /// A leg that is so many times as long as it should be has lost its way.
