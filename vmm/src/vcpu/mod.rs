@@ -14,6 +14,7 @@ mod over;
 pub(crate) mod protocol;
 mod raised;
 mod registers;
+mod stats;
 mod step;
 mod store;
 mod synced;
