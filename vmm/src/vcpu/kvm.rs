@@ -23,6 +23,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use super::dr_writes::{DrWrites, take_write};
 use super::stats::Counter;
 use super::synced::SyncedFd;
 use super::xsave::{put_fpu, to_fpu};
@@ -62,7 +63,7 @@ pub struct KvmCpu {
     /// Its own timer, once it was needed.
     timer: Option<kick::Timer>,
     /// Kicks at what its guest writes to debug registers, once they were needed; not every host has them.
-    dr_writes: Option<io::Result<kick::DrWrites>>,
+    dr_writes: Option<io::Result<DrWrites>>,
     /// KVM's count of emulated accesses, once it was needed, if it has one.
     emulated_faults: Option<Option<Counter>>,
     /// The last exit, if it was a trap.
@@ -536,7 +537,7 @@ impl Cpu for KvmCpu {
             self.timer = Some(kick::Timer::new()?);
         }
         if self.dr_writes.is_none() && often {
-            let writes = kick::DrWrites::new();
+            let writes = DrWrites::new();
             if let Err(error) = &writes {
                 tracing::debug!(%error, "what the guest writes to its debug registers is seen late");
             }
@@ -549,7 +550,7 @@ impl Cpu for KvmCpu {
     }
 
     fn wrote_debug_registers(&mut self) -> bool {
-        kick::take_write()
+        take_write()
     }
 
     fn standing(&mut self) -> io::Result<Option<Standing>> {

@@ -6,6 +6,7 @@
 
 mod cpu;
 mod dr_access;
+mod dr_writes;
 mod guest_level;
 #[cfg_attr(feature = "shuttle", allow(dead_code))]
 pub mod kick;
