@@ -107,6 +107,22 @@ impl Paging {
         (sign == 0 || sign == -1).then(|| walk_64(memory, self.cr3 & FRAME, gva, levels, allows)).flatten()
     }
 
+    /// The pages of page tables that lead to `gva` in 64-bit mode, as far as they are there.
+    pub fn tables(&self, memory: &GuestMemoryMmap, gva: u64) -> Vec<u64> {
+        if self.efer & EFER_LMA == 0 {
+            return Vec::new();
+        }
+        let mut tables = vec![self.cr3 & FRAME];
+        // It is of no interest here where they lead.
+        let _ = self.walk_long(memory, gva, |entry, level| {
+            if level > 0 && (level > 2 || entry & HUGE == 0) {
+                tables.push(entry & FRAME);
+            }
+            true
+        });
+        tables
+    }
+
     /// Two levels of four-byte entries, with 4 MiB pages and PSE-36.
     fn walk_32(&self, memory: &GuestMemoryMmap, gva: u64) -> Option<Mapping> {
         let directory = entry_32(memory, (self.cr3 & 0xffff_f000) + (gva >> 22) * 4)?;

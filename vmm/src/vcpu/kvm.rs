@@ -4,7 +4,9 @@
 //! fills in.
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
 use std::slice;
 use std::sync::Arc;
@@ -21,6 +23,8 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use super::dr_writes::{DrWrites, take_write};
+use super::stats::Counter;
 use super::synced::SyncedFd;
 use super::xsave::{put_fpu, to_fpu};
 use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Raised, Registers, Ring3, Segment, Standing, kick};
@@ -58,6 +62,10 @@ pub struct KvmCpu {
     hidden: DebugImage,
     /// Its own timer, once it was needed.
     timer: Option<kick::Timer>,
+    /// Kicks at what its guest writes to debug registers, once they were needed; not every host has them.
+    dr_writes: Option<io::Result<DrWrites>>,
+    /// KVM's count of emulated accesses, once it was needed, if it has one.
+    emulated_faults: Option<Option<Counter>>,
     /// The last exit, if it was a trap.
     trapped: Option<DebugExit>,
     /// It was runnable when it was looked at, and was not entered since.
@@ -78,6 +86,8 @@ impl KvmCpu {
             arm_hook,
             hidden: DebugImage::default(),
             timer: None,
+            dr_writes: None,
+            emulated_faults: None,
             trapped: None,
             awake: false,
             told: None,
@@ -172,6 +182,16 @@ impl KvmCpu {
             }
             reason => Exit::Crash(Crash::UnknownExit { reason }),
         }
+    }
+
+    /// What KVM_GET_STATS_FD gives.
+    fn stats(&self) -> Option<File> {
+        /// `_IO(KVMIO, 0xce)`.
+        const KVM_GET_STATS_FD: libc::c_ulong = 0xaece;
+        // SAFETY: it takes no argument, and gives a file descriptor or -1.
+        let fd = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_GET_STATS_FD, 0) };
+        // SAFETY: a new file descriptor, which nobody else has.
+        (fd >= 0).then(|| unsafe { File::from_raw_fd(fd) })
     }
 
     fn bytes_at_pc(&mut self) -> Vec<u8> {
@@ -390,6 +410,17 @@ impl Cpu for KvmCpu {
         Some(self.paging().ok()?.translate(self.ram.mem(), addr)?.gpa)
     }
 
+    fn tables(&mut self, addr: u64) -> Vec<u64> {
+        self.paging().map_or_else(|_| Vec::new(), |paging| paging.tables(self.ram.mem(), addr))
+    }
+
+    fn emulated_faults(&mut self) -> Option<u64> {
+        if self.emulated_faults.is_none() {
+            self.emulated_faults = Some(self.stats().and_then(|file| Counter::find(file, "pf_emulate")));
+        }
+        self.emulated_faults.as_ref()?.as_ref()?.value()
+    }
+
     fn is_users(&mut self, addr: u64) -> bool {
         self.paging().is_ok_and(|paging| paging.translate(self.ram.mem(), addr).is_some_and(|mapping| mapping.user))
     }
@@ -505,7 +536,21 @@ impl Cpu for KvmCpu {
         if self.timer.is_none() && often {
             self.timer = Some(kick::Timer::new()?);
         }
+        if self.dr_writes.is_none() && often {
+            let writes = DrWrites::new();
+            if let Err(error) = &writes {
+                tracing::debug!(%error, "what the guest writes to its debug registers is seen late");
+            }
+            self.dr_writes = Some(writes);
+        }
+        if let Some(Ok(writes)) = &self.dr_writes {
+            writes.set(often)?;
+        }
         self.timer.as_ref().map_or(Ok(()), |timer| timer.set(if often { LOOK_INTERVAL } else { Duration::ZERO }))
+    }
+
+    fn wrote_debug_registers(&mut self) -> bool {
+        take_write()
     }
 
     fn standing(&mut self) -> io::Result<Option<Standing>> {

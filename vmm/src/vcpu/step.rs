@@ -226,6 +226,7 @@ impl Stepped {
         stepped.loads = [Some(effect), covered].map(|effect| loaded_tf(cpu, effect?, &registers));
         if phase == Phase::Waiting {
             stepped.land(pc, false);
+            stepped.land_behind();
         } else {
             stepped.foresee(cpu, &registers, event)?;
         }
@@ -321,6 +322,19 @@ impl Stepped {
         Ok(())
     }
 
+    /// QEMU sets RF in the frame of an interrupt, too: back from it, an instruction that has a slot runs all the
+    /// same. Then the step is made already, and that is noticed where it leads.
+    fn land_behind(&mut self) {
+        if self.tf || self.covered.is_some() || self.effect.kind == Kind::Halt {
+            return;
+        }
+        match self.effect.next {
+            Next::Behind => self.land(self.effect.behind, false),
+            Next::At(to) => [to, self.effect.behind].into_iter().for_each(|addr| self.land(addr, false)),
+            Next::StoredAt(_) | Next::Unknown => {}
+        }
+    }
+
     fn land(&mut self, addr: u64, handler: bool) {
         // Where it stands, a slot would stop it before the instruction: at the first one of a handler.
         if addr == self.from && self.phase != Phase::Waiting {
@@ -368,9 +382,9 @@ impl Stepped {
         arming.block_irq = self.phase == Phase::Stepping;
     }
 
-    /// Whether it is entered freely, to be stopped by a slot.
-    pub(crate) fn waits(&self) -> bool {
-        self.phase == Phase::Waiting
+    /// Whether it was entered freely, and is back at `pc` before the step itself.
+    pub(crate) fn is_awake_at(&self, pc: u64) -> bool {
+        self.phase == Phase::Waiting && self.from == pc
     }
 
     /// How the vCPU came to where `exit` says, if the step is over there. `bs`: the exit reports

@@ -323,6 +323,21 @@ impl Cpu for Spied {
         self.cpu.kick_itself(often)
     }
 
+    fn tables(&mut self, addr: u64) -> Vec<u64> {
+        self.spy.visit();
+        self.cpu.tables(addr)
+    }
+
+    fn emulated_faults(&mut self) -> Option<u64> {
+        self.spy.visit();
+        self.cpu.emulated_faults()
+    }
+
+    fn wrote_debug_registers(&mut self) -> bool {
+        self.spy.visit();
+        self.cpu.wrote_debug_registers()
+    }
+
     fn standing(&mut self) -> io::Result<Option<Standing>> {
         self.spy.visit();
         self.cpu.standing()

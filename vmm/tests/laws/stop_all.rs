@@ -268,6 +268,9 @@ fn c6_who_goes_on_is_told_that_time_was_stolen() {
         let resumed = [0, 1].map(|cpu: usize| rig.spies[cpu].look(|notes| notes.resumed));
         assert_eq!(resumed, [0, round], "once for each time that it went on");
     }
+    // A guest that is stepped while it reads the clock would see a new version at each step.
+    rig.step();
+    assert_eq!(rig.spies[0].look(|notes| notes.resumed), 0);
 }
 
 /// The guest's watchdog forgives a stop by this flag of its paravirtual clock.
