@@ -118,7 +118,8 @@ fn crash_signal(crash: &Crash) -> Signal {
         Crash::TripleFault { .. } => Signal::Segv,
         Crash::EmulationFailure { .. } => Signal::Ill,
         Crash::WatchedPage { crash, .. } => crash_signal(crash),
-        Crash::Internal { .. }
+        Crash::NoProgress
+        | Crash::Internal { .. }
         | Crash::FailEntry { .. }
         | Crash::UnknownExit { .. }
         | Crash::RunFailed { .. }

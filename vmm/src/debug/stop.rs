@@ -123,13 +123,16 @@ pub enum Crash {
         bytes: Vec<u8>,
     },
     /// The guest stores to a page that is read-only for a watchpoint, in a way that KVM hands over to
-    /// nobody: an instruction that it cannot emulate, or the frame of an exception (law 66).
+    /// nobody: an instruction that it cannot emulate, the frame of an exception, or on AMD any use of the
+    /// page as a page table (law 66).
     WatchedPage {
         /// What KVM reported.
         crash: Box<Crash>,
         /// A watchpoint on that page.
         request: Breakpoint,
     },
+    /// KVM enters the guest again and again, and nothing happens there.
+    NoProgress,
     /// KVM_EXIT_INTERNAL_ERROR with another suberror.
     Internal {
         /// `kvm_run.internal.suberror`.
@@ -159,9 +162,10 @@ pub enum Crash {
 
 impl Crash {
     /// Whether the guest can go on after this, once the watchpoint that caused it is gone: an instruction
-    /// that could not be emulated has changed nothing.
+    /// that could not be emulated has changed nothing, and neither has one that is never done.
     pub fn is_mendable(&self) -> bool {
-        matches!(self, Crash::WatchedPage { crash, .. } if matches!(**crash, Crash::EmulationFailure { .. }))
+        let changes_nothing = |crash: &Crash| matches!(crash, Crash::EmulationFailure { .. } | Crash::NoProgress);
+        matches!(self, Crash::WatchedPage { crash, .. } if changes_nothing(crash))
     }
 }
 
@@ -184,6 +188,7 @@ impl fmt::Display for Crash {
                 "{crash}; it stores to a page that is read-only for the {request}, which KVM cannot hand over: \
                  delete that watchpoint"
             ),
+            Crash::NoProgress => write!(f, "KVM enters the guest again and again without progress"),
             Crash::Internal { suberror } => write!(f, "KVM internal error, suberror {suberror}"),
             Crash::FailEntry { reason } => write!(f, "the processor refused the guest state, reason {reason:#x}"),
             Crash::UnknownExit { reason } => write!(f, "KVM exit {reason}, which this VMM does not know"),

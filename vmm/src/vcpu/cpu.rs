@@ -6,6 +6,7 @@ use std::io;
 use super::{Activity, Registers};
 use crate::debug::{Crash, DebugExit, DebugImage, Dr7, General, GuestRegisters, Overlay, SLOTS, StopReason};
 use crate::memory::DeviceStore;
+use crate::paging::Access;
 
 /// Why guest code stopped running. Parsed once from `kvm_run`; everything after matches on this.
 #[derive(Debug)]
@@ -163,8 +164,24 @@ pub trait Cpu {
     /// Guest-physical address of a linear one; `None` if it is not mapped.
     fn translate(&mut self, addr: u64) -> Option<u64>;
 
+    /// The pages of page tables by which a linear address is translated.
+    fn tables(&mut self, _addr: u64) -> Vec<u64> {
+        Vec::new()
+    }
+
+    /// How many of the guest's accesses KVM has answered by emulation so far; `None` if it does not say.
+    fn emulated_faults(&mut self) -> Option<u64> {
+        None
+    }
+
     /// Whether ring 3 may use what is at a linear address, as far as the page tables say.
     fn is_users(&mut self, _addr: u64) -> bool {
+        false
+    }
+
+    /// Whether guest code where the vCPU stands, in 64-bit mode, gets at so many bytes of RAM at a linear
+    /// address without a fault; `false` if that is not certain.
+    fn may_access(&mut self, _addr: u64, _len: usize, _access: Access) -> bool {
         false
     }
 
@@ -212,8 +229,14 @@ pub trait Cpu {
     /// behind it is held back no longer.
     fn end_shadow(&mut self) -> io::Result<()>;
 
-    /// Kicks itself every [`LOOK_INTERVAL`](crate::limits::LOOK_INTERVAL) from now on, or no more.
+    /// Kicks itself every [`LOOK_INTERVAL`](crate::limits::LOOK_INTERVAL) from now on, and where the host
+    /// can tell, whenever the guest writes a debug register; or no more.
     fn kick_itself(&mut self, often: bool) -> io::Result<()>;
+
+    /// Whether the guest has written a debug register since this was last asked, as far as the host tells.
+    fn wrote_debug_registers(&mut self) -> bool {
+        false
+    }
 
     /// Where it stands, if an instruction may be carried out there for it.
     fn standing(&mut self) -> io::Result<Option<Standing>> {
@@ -245,6 +268,6 @@ pub trait Cpu {
         Ok(false)
     }
 
-    /// Called before the first entry after a park: tells a paravirtual clock that time was stolen.
+    /// Called before the first entry after a park, if it is not for a step: tells a paravirtual clock that time was stolen.
     fn resumed(&mut self) {}
 }

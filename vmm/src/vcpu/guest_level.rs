@@ -6,6 +6,8 @@
 //!
 //! - where DR7.GD in the overlay makes such an access exit (VT-x), it is carried out here, and
 //!   nothing is missed;
+//! - on SVM, where the host's kernel lets this process trace its KVM, the write kicks the vCPU before the
+//!   next instruction, and nothing is missed either;
 //! - elsewhere KVM carries it out without a word. So the registers are read again after each
 //!   exit that did not come from a trap, after every [`TRAPS_PER_LOOK`]th that did, and at the
 //!   latest after [`LOOK_INTERVAL`](crate::limits::LOOK_INTERVAL) of running: the vCPU kicks itself.
@@ -24,6 +26,8 @@ use crate::debug::{
 const TF: u64 = 1 << 8;
 /// RFLAGS.RF.
 const RF: u64 = 1 << 16;
+/// POPF, the last byte of it.
+const POPF: u8 = 0x9d;
 /// Most bytes of one instruction.
 const MAX_INSTRUCTION: usize = 15;
 /// After so many traps in a row the guest's registers are read again. A trap that is only counted
@@ -95,7 +99,8 @@ impl GuestLevel {
     /// Reads them after an exit by which they may have changed unseen: with `armed`, by a `trap` or not.
     pub(crate) fn look_after<C: Cpu>(&mut self, cpu: &mut C, armed: &Overlay, trap: bool) -> io::Result<()> {
         self.traps += u32::from(trap);
-        let seen = armed.is_on() && (self.accesses_exit || trap && self.traps < TRAPS_PER_LOOK);
+        let wrote = cpu.wrote_debug_registers();
+        let seen = armed.is_on() && (self.accesses_exit || trap && !wrote && self.traps < TRAPS_PER_LOOK);
         if seen { Ok(()) } else { self.look(cpu) }
     }
 
@@ -229,9 +234,12 @@ impl<C: Cpu> GuestView for View<'_, C> {
     }
 
     fn single_steps(&mut self) -> bool {
-        let has_tf = self.cpu.state().is_ok_and(|registers| registers.rflags & TF != 0);
-        // The trap behind a POPF or IRET that clears TF comes with TF clear.
-        let cleared = self.level.clears_tf.take().is_some() && !has_tf;
+        let Ok(registers) = self.cpu.state() else { return false };
+        let has_tf = registers.rflags & TF != 0;
+        // The trap behind a POPF or IRET that clears TF comes with TF clear. A program that was stepped to
+        // its POPF on another vCPU was not seen there on this one; nobody else uses one in ring 3.
+        let seen = self.level.clears_tf.take().is_some();
+        let cleared = !has_tf && (seen || registers.cpl() == 3 && self.is_behind_popf());
         if has_tf {
             let mut bytes = [0; MAX_INSTRUCTION];
             let got = self.cpu.read(self.pc, &mut bytes);
@@ -242,6 +250,13 @@ impl<C: Cpu> GuestView for View<'_, C> {
 
     fn resumes(&mut self) -> bool {
         self.cpu.state().is_ok_and(|registers| registers.rflags & RF != 0)
+    }
+}
+
+impl<C: Cpu> View<'_, C> {
+    fn is_behind_popf(&mut self) -> bool {
+        let mut byte = [0];
+        self.cpu.read(self.pc.wrapping_sub(1), &mut byte) == 1 && byte[0] == POPF
     }
 }
 

@@ -24,7 +24,7 @@ thread_local! {
     static RUN: Cell<*mut kvm_run> = const { Cell::new(null_mut()) };
 }
 
-extern "C" fn on_kick(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
+pub(super) extern "C" fn on_kick(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
     let run = RUN.get();
     if !run.is_null() {
         // SAFETY: the pointer was set on this very thread by `receive`, whose caller keeps the

@@ -4,7 +4,9 @@
 //! fills in.
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
 use std::slice;
 use std::sync::Arc;
@@ -21,6 +23,8 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use super::dr_writes::{DrWrites, take_write};
+use super::stats::Counter;
 use super::synced::SyncedFd;
 use super::xsave::{put_fpu, to_fpu};
 use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Raised, Registers, Ring3, Segment, Standing, kick};
@@ -28,8 +32,8 @@ use crate::debug::{Crash, DebugExit, DebugImage, Dr6, GENERAL_DETECT, General, G
 use crate::devices::{Bus, DeviceEvent};
 use crate::limits::LOOK_INTERVAL;
 use crate::memory::{DeviceStore, GuestRam};
-use crate::paging::{Paging, exchange_physical, read_physical, write_all_physical};
-use crate::probe::Step;
+use crate::paging::{Access, Paging, exchange_physical, read_physical, write_all_physical};
+use crate::probe::{Step, StickyStep};
 
 const MSR_STAR: u32 = 0xc000_0081;
 const MSR_LSTAR: u32 = 0xc000_0082;
@@ -58,17 +62,37 @@ pub struct KvmCpu {
     hidden: DebugImage,
     /// Its own timer, once it was needed.
     timer: Option<kick::Timer>,
+    /// Kicks at what its guest writes to debug registers, once they were needed; not every host has them.
+    dr_writes: Option<io::Result<DrWrites>>,
+    /// KVM's count of emulated accesses, once it was needed, if it has one.
+    emulated_faults: Option<Option<Counter>>,
     /// The last exit, if it was a trap.
     trapped: Option<DebugExit>,
     /// It was runnable when it was looked at, and was not entered since.
     awake: bool,
+    /// What KVM was last told, and whether it goes on stepping ring 0 until it is told otherwise: not
+    /// every KVM does, and who is not asked has not stepped yet.
+    told: Option<Arming>,
+    step_stays: Option<bool>,
 }
 
 impl KvmCpu {
     /// Takes over a vCPU whose initial state is set.
     pub fn new(fd: VcpuFd, bus: Arc<Bus>, ram: GuestRam, arm_hook: Option<ArmHook>) -> Self {
-        let (hidden, timer, trapped) = (DebugImage::default(), None, None);
-        Self { fd: SyncedFd::new(fd), bus, ram, arm_hook, hidden, timer, trapped, awake: false }
+        Self {
+            fd: SyncedFd::new(fd),
+            bus,
+            ram,
+            arm_hook,
+            hidden: DebugImage::default(),
+            timer: None,
+            dr_writes: None,
+            emulated_faults: None,
+            trapped: None,
+            awake: false,
+            told: None,
+            step_stays: None,
+        }
     }
 
     fn enter(&mut self) -> Exit {
@@ -160,6 +184,16 @@ impl KvmCpu {
         }
     }
 
+    /// What KVM_GET_STATS_FD gives.
+    fn stats(&self) -> Option<File> {
+        /// `_IO(KVMIO, 0xce)`.
+        const KVM_GET_STATS_FD: libc::c_ulong = 0xaece;
+        // SAFETY: it takes no argument, and gives a file descriptor or -1.
+        let fd = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_GET_STATS_FD, 0) };
+        // SAFETY: a new file descriptor, which nobody else has.
+        (fd >= 0).then(|| unsafe { File::from_raw_fd(fd) })
+    }
+
     fn bytes_at_pc(&mut self) -> Vec<u8> {
         let mut bytes = vec![0; MAX_INSTRUCTION];
         let got = self.pc().map_or(0, |pc| self.read(pc, &mut bytes));
@@ -181,6 +215,15 @@ impl KvmCpu {
         !Dr6(exit.dr6).single_step() || self.read(exit.pc.wrapping_sub(1), &mut before) == 1 && before[0] != HLT
     }
 
+    /// Whether the next instruction is stepped because the last one was (law 44).
+    fn goes_on_stepping(&mut self) -> bool {
+        let stays = *self.step_stays.get_or_insert_with(|| {
+            crate::probe::capabilities().is_ok_and(|can| can.seen.ss_sticky == StickyStep::Stays)
+        });
+        // The probe has asked in ring 0.
+        stays && self.fd.is_fresh() && self.fd.get_sregs().is_ok_and(|sregs| sregs.cs.dpl == 0)
+    }
+
     fn paging(&self) -> io::Result<Paging> {
         let sregs = self.fd.get_sregs()?;
         Ok(Paging { cr0: sregs.cr0, cr3: sregs.cr3, cr4: sregs.cr4, efer: sregs.efer })
@@ -188,6 +231,7 @@ impl KvmCpu {
 
     /// Adds `flags` to one call that arms nothing; the caller arms again.
     fn inject(&mut self, flags: u32) -> io::Result<()> {
+        self.told = None;
         Ok(self.fd.set_guest_debug(&kvm_guest_debug { control: flags, ..Default::default() })?)
     }
 
@@ -273,6 +317,10 @@ impl Cpu for KvmCpu {
         if let Some(hook) = &self.arm_hook {
             hook(arming)?;
         }
+        if arming.step && self.told == Some(*arming) && self.goes_on_stepping() {
+            return Ok(());
+        }
+        self.told = None;
         let mut control = 0;
         let has_slots = arming.dr7 != crate::debug::Dr7::NONE;
         // With either of these flags every #DB of the guest's own exits to us, so they are set
@@ -294,7 +342,9 @@ impl Cpu for KvmCpu {
         arch.debugreg[..4].copy_from_slice(&arming.addresses);
         // Where it works, every access of the guest's to its own debug registers exits (law 31).
         arch.debugreg[7] = arming.dr7.bits() | if has_slots { GENERAL_DETECT } else { 0 };
-        Ok(self.fd.set_guest_debug(&kvm_guest_debug { control, arch, ..Default::default() })?)
+        self.fd.set_guest_debug(&kvm_guest_debug { control, arch, ..Default::default() })?;
+        self.told = Some(*arming);
+        Ok(())
     }
 
     fn pc(&mut self) -> io::Result<u64> {
@@ -360,8 +410,25 @@ impl Cpu for KvmCpu {
         Some(self.paging().ok()?.translate(self.ram.mem(), addr)?.gpa)
     }
 
+    fn tables(&mut self, addr: u64) -> Vec<u64> {
+        self.paging().map_or_else(|_| Vec::new(), |paging| paging.tables(self.ram.mem(), addr))
+    }
+
+    fn emulated_faults(&mut self) -> Option<u64> {
+        if self.emulated_faults.is_none() {
+            self.emulated_faults = Some(self.stats().and_then(|file| Counter::find(file, "pf_emulate")));
+        }
+        self.emulated_faults.as_ref()?.as_ref()?.value()
+    }
+
     fn is_users(&mut self, addr: u64) -> bool {
         self.paging().is_ok_and(|paging| paging.translate(self.ram.mem(), addr).is_some_and(|mapping| mapping.user))
+    }
+
+    fn may_access(&mut self, addr: u64, len: usize, access: Access) -> bool {
+        let Ok(sregs) = self.fd.get_sregs() else { return false };
+        let paging = Paging { cr0: sregs.cr0, cr3: sregs.cr3, cr4: sregs.cr4, efer: sregs.efer };
+        paging.may_access(self.ram.mem(), addr, len, sregs.cs.dpl == 3, access)
     }
 
     fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize {
@@ -469,7 +536,21 @@ impl Cpu for KvmCpu {
         if self.timer.is_none() && often {
             self.timer = Some(kick::Timer::new()?);
         }
+        if self.dr_writes.is_none() && often {
+            let writes = DrWrites::new();
+            if let Err(error) = &writes {
+                tracing::debug!(%error, "what the guest writes to its debug registers is seen late");
+            }
+            self.dr_writes = Some(writes);
+        }
+        if let Some(Ok(writes)) = &self.dr_writes {
+            writes.set(often)?;
+        }
         self.timer.as_ref().map_or(Ok(()), |timer| timer.set(if often { LOOK_INTERVAL } else { Duration::ZERO }))
+    }
+
+    fn wrote_debug_registers(&mut self) -> bool {
+        take_write()
     }
 
     fn standing(&mut self) -> io::Result<Option<Standing>> {

@@ -6,6 +6,7 @@
 
 mod cpu;
 mod dr_access;
+mod dr_writes;
 mod guest_level;
 #[cfg_attr(feature = "shuttle", allow(dead_code))]
 pub mod kick;
@@ -14,6 +15,7 @@ mod over;
 pub(crate) mod protocol;
 mod raised;
 mod registers;
+mod stats;
 mod step;
 mod store;
 mod synced;

@@ -33,6 +33,7 @@
 mod effect;
 mod gate;
 mod iret;
+mod plain;
 
 use std::io;
 
@@ -99,6 +100,7 @@ enum Phase {
 }
 
 /// What a step begins as.
+#[expect(clippy::large_enum_variant, reason = "it is matched at once, and there is one for each step")]
 pub(crate) enum Begun {
     Step(Stepped),
     /// It cannot be made on this host; why.
@@ -224,6 +226,7 @@ impl Stepped {
         stepped.loads = [Some(effect), covered].map(|effect| loaded_tf(cpu, effect?, &registers));
         if phase == Phase::Waiting {
             stepped.land(pc, false);
+            stepped.land_behind();
         } else {
             stepped.foresee(cpu, &registers, event)?;
         }
@@ -272,6 +275,9 @@ impl Stepped {
         if registers.efer & LONG_MODE == 0 {
             return Ok(());
         }
+        if event.is_none() && self.covered.is_none() && self.effect.raises_nothing(cpu) {
+            return Ok(());
+        }
         let gates = Gates::read(cpu, registers);
         if let Some(vector) = event {
             if let Some(handler) = gates.handler(cpu, vector) {
@@ -314,6 +320,19 @@ impl Stepped {
             }
         }
         Ok(())
+    }
+
+    /// QEMU sets RF in the frame of an interrupt, too: back from it, an instruction that has a slot runs all the
+    /// same. Then the step is made already, and that is noticed where it leads.
+    fn land_behind(&mut self) {
+        if self.tf || self.covered.is_some() || self.effect.kind == Kind::Halt {
+            return;
+        }
+        match self.effect.next {
+            Next::Behind => self.land(self.effect.behind, false),
+            Next::At(to) => [to, self.effect.behind].into_iter().for_each(|addr| self.land(addr, false)),
+            Next::StoredAt(_) | Next::Unknown => {}
+        }
     }
 
     fn land(&mut self, addr: u64, handler: bool) {
@@ -363,9 +382,9 @@ impl Stepped {
         arming.block_irq = self.phase == Phase::Stepping;
     }
 
-    /// Whether it is entered freely, to be stopped by a slot.
-    pub(crate) fn waits(&self) -> bool {
-        self.phase == Phase::Waiting
+    /// Whether it was entered freely, and is back at `pc` before the step itself.
+    pub(crate) fn is_awake_at(&self, pc: u64) -> bool {
+        self.phase == Phase::Waiting && self.from == pc
     }
 
     /// How the vCPU came to where `exit` says, if the step is over there. `bs`: the exit reports

@@ -22,6 +22,7 @@ use super::guest_level::GuestLevel;
 use super::over;
 use super::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
 use super::step::{Arrival, Begun, Crossing, DB, Outcome, Placed, Stepped};
+use super::unserved::Progress;
 use crate::debug::{
     BP, Breakpoint, Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Dr7, Expectation, GuestState, Hit, INT3,
     Level, Notice, Overlay, Owner, Piece, RunMode, Slot, SlotCondition, SlotOwner, Stop, StopReason, Stored, Trigger,
@@ -139,6 +140,8 @@ pub(crate) struct VcpuThread<C> {
     said_lost: bool,
     /// The guest's debug registers were read since it last ran.
     guest_is_known: bool,
+    /// Whether it gets on, where pages are watched.
+    pub(super) progress: Progress,
 }
 
 impl<C: Cpu> VcpuThread<C> {
@@ -169,6 +172,7 @@ impl<C: Cpu> VcpuThread<C> {
             kicks_itself: false,
             said_lost: false,
             guest_is_known: false,
+            progress: Progress::default(),
         }
     }
 
@@ -306,7 +310,10 @@ impl<C: Cpu> VcpuThread<C> {
 
     fn resume(&mut self, mode: RunMode) {
         if mode != RunMode::Parked && matches!(self.state, State::Parked) {
-            self.cpu.resumed();
+            // KVM then gives the clock a new version: who reads it step by step would never be done.
+            if mode == RunMode::Continue {
+                self.cpu.resumed();
+            }
             self.parked_from = None;
             self.state = State::Running(mode);
             self.kick_itself_if_needed();
@@ -528,7 +535,9 @@ impl<C: Cpu> VcpuThread<C> {
             }
         }
         match exit {
-            Exit::Kicked | Exit::Again => {}
+            Exit::Kicked | Exit::Again => {
+                self.is_stuck();
+            }
             Exit::Served(None) => self.incomplete = true,
             Exit::Served(Some(reason)) => {
                 self.incomplete = true;
@@ -541,7 +550,7 @@ impl<C: Cpu> VcpuThread<C> {
             // A KVM that interprets ring 0 does not know INT3 (law 54).
             Exit::Crash(Crash::EmulationFailure { bytes })
                 if bytes.first() == Some(&INT3) && self.cpu.pc().is_ok_and(|pc| self.ran_into_patch(pc, mode)) => {}
-            Exit::Crash(Crash::EmulationFailure { bytes }) if self.raises(&bytes, mode) => {}
+            Exit::Crash(Crash::EmulationFailure { bytes }) if self.is_stuck() || self.raises(&bytes, mode) => {}
             Exit::Crash(crash) => {
                 let crash = self.explain(crash);
                 self.stop(StopReason::Crash(crash));
@@ -552,7 +561,7 @@ impl<C: Cpu> VcpuThread<C> {
     /// #DB or #BP, after a store of the same instruction that these requests watch.
     pub(super) fn trapped(&mut self, exit: DebugExit, stores: Vec<Found>, entry: &Entry, mode: RunMode) {
         let stopped_by_step = entry.placed.stopped(&exit);
-        if stopped_by_step && self.stepped.as_ref().is_some_and(Stepped::waits) {
+        if stopped_by_step && self.stepped.as_ref().is_some_and(|stepped| stepped.is_awake_at(exit.pc)) {
             // It is awake, and what woke it has been handled: now for the step itself.
             self.stepped = None;
             return;

@@ -11,7 +11,7 @@ use trapline_vmm::debug::{
 
 use crate::clock::wait_for;
 use crate::lane::Flavour::Pvm;
-use crate::lane::Need::{DataWatch, GeneralDetect, Kick, StepsOverExits};
+use crate::lane::Need::{DataWatch, DrWrites, GeneralDetect, Kick, StepsOverExits};
 use crate::lane::flavour;
 use crate::law::{Law, law};
 use crate::rig::{Rig, at, name};
@@ -26,6 +26,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l30_what_the_guest_writes_it_reads_back_while_ours_come_and_go, Kick),
         law!(l31_the_guests_own_breakpoints_fire_beside_ours),
         law!(l31_a_breakpoint_that_the_guest_sets_unseen_is_served_in_time, Kick),
+        law!(l31_one_that_the_guest_sets_is_served_at_once, DrWrites),
         law!(l31_one_that_the_guest_switches_off_and_on_is_served_each_time, Kick),
         law!(l31_one_that_the_guest_has_switched_off_is_not_served),
         law!(l32_the_guests_breakpoint_and_ours_on_one_instruction_are_both_hit, Kick),
@@ -221,6 +222,17 @@ fn l31_a_breakpoint_that_the_guest_sets_unseen_is_served_in_time() {
     rig.interrupt();
     let more = [rig.field(0, DB) - before[0], rig.field(0, HITS) - before[1]];
     assert!(more[0].abs_diff(more[1]) <= 1, "#DB and crossings: {more:?}");
+}
+
+/// Its first crossing is two instructions behind the write.
+fn l31_one_that_the_guest_sets_is_served_at_once() {
+    let mut rig = Rig::one("own_dr_loop");
+    let ours = Breakpoint::exec(at("ol_next"));
+    rig.set(ours).unwrap();
+    for round in 1..=50 {
+        assert_eq!(rig.run_first(RunMode::Continue), StopReason::Breakpoint(ours));
+        assert_eq!([rig.field(0, HITS), rig.field(0, DB)], [round, round], "crossings and #DB");
+    }
 }
 
 /// As a kernel does at each switch of threads.

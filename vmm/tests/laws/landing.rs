@@ -5,8 +5,8 @@ use trapline_guests::fixture::{self, LogEntry, cpu_field, vector};
 use trapline_vmm::debug::{Breakpoint, RunMode, StopReason, Trigger, VcpuId};
 use trapline_vmm::vcpu::Activity;
 
-use crate::lane::Flavour::{Amd, Pvm};
-use crate::lane::Need::{DataWatch, Issue3On, ResumeFlagOverExits, StepInRing3, StepsOverExits, Syscall};
+use crate::lane::Flavour::Pvm;
+use crate::lane::Need::{DataWatch, ResumeFlagOverExits, StepInRing3, StepsOverExits, Syscall};
 use crate::lane::flavour;
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, name};
@@ -51,7 +51,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l49_step_over_a_fault_in_ring_3_lands_on_the_handler, StepInRing3),
         law!(l49_step_over_int3_in_ring_3_lands_on_the_handler, StepInRing3),
         law!(l49_a_step_in_ring_3_is_made_or_refused),
-        law!(l52_a_step_of_a_sleeping_vcpu_waits_for_its_interrupt, Issue3On(&[Amd])),
+        law!(l52_a_step_of_a_sleeping_vcpu_waits_for_its_interrupt),
     ];
     for (what, ..) in EXCEPTIONS {
         laws.push(Law::of("l49_lands_on_the_handler_of_", what, &[], lands_on_the_handler));

@@ -28,6 +28,8 @@ pub(crate) enum Need {
     Patches,
     /// The guest's own DR7.GD works while slots of ours are armed. KVM's SVM code does not look at it.
     GeneralDetect,
+    /// The host's kernel lets us trace what SVM guests write to their debug registers, as the svm lane's does.
+    DrWrites,
     /// An execution slot may be armed while a vCPU is in real mode. QEMU's SVM emulation crashes.
     RealModeSlots,
     /// RFLAGS.RF is kept when the guest is left before the instruction has run. Bochs 2.7 loses it
@@ -38,6 +40,11 @@ pub(crate) enum Need {
     /// A step traps once, even if the guest is left in the middle of it. Bochs 2.7 keeps the trap for
     /// the next entry, whosever that is, and cured it later (SDM vol. 3, 28.3.4: it is saved as clear).
     StepsOverExits,
+    /// A page of page tables can be read-only for the guest: its stores there are told, and its walks go on. With
+    /// nested paging they do not.
+    WatchedTables,
+    /// They do not, and it is found out: KVM counts what it emulates, and can be kicked.
+    StuckTables,
     /// The probe's answers on this KVM are recorded.
     Record,
     /// The debug core does not do this yet on these flavours of KVM (issue 3).
@@ -62,6 +69,7 @@ impl Need {
             }
             Need::Patches => (capabilities().can_patch(), "INT3 goes to the guest: int3_cpl0"),
             Need::GeneralDetect => (flavour() != Some(Flavour::Amd), "no GD beside ours"),
+            Need::DrWrites => (lane() == "svm", "KVM's exits are not traced"),
             Need::DataWatch => (capabilities().can_watch_in_hardware(), "no data watch: w_data, rw_data"),
             Need::ExecInRing3 => (seen().x_cpl3 == Slot::Fires, "no exec slot in ring 3: x_cpl3"),
             Need::StepInRing3 => {
@@ -77,6 +85,8 @@ impl Need {
             Need::StepsOverExits => {
                 (seen().ss_over_exit != StepOverExit::TrapsAgain, "a step traps again: ss_over_exit")
             }
+            Need::WatchedTables => (flavour() == Some(Flavour::Pvm), "page tables cannot be watched"),
+            Need::StuckTables => (flavour() == Some(Flavour::Amd), "no nested paging, or no kick"),
             Need::Record => (crate::doctor::record().is_some(), "no record of this KVM"),
             Need::Issue3On(flavours) => (!flavour().is_some_and(|here| flavours.contains(&here)), "issue 3"),
         };

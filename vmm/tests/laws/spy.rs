@@ -7,6 +7,7 @@ use std::thread::ThreadId;
 
 use trapline_vmm::debug::{DebugImage, Dr6, General, GuestRegisters};
 use trapline_vmm::memory::DeviceStore;
+use trapline_vmm::paging::Access;
 use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Raised, Registers, Ring3, Standing};
 
 use crate::clock::{Monitor, PATIENCE};
@@ -244,6 +245,11 @@ impl Cpu for Spied {
         self.cpu.translate(addr)
     }
 
+    fn may_access(&mut self, addr: u64, len: usize, access: Access) -> bool {
+        self.spy.visit();
+        self.cpu.may_access(addr, len, access)
+    }
+
     fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize {
         self.spy.visit();
         self.cpu.read_physical(gpa, into)
@@ -315,6 +321,21 @@ impl Cpu for Spied {
     fn kick_itself(&mut self, often: bool) -> io::Result<()> {
         self.spy.visit();
         self.cpu.kick_itself(often)
+    }
+
+    fn tables(&mut self, addr: u64) -> Vec<u64> {
+        self.spy.visit();
+        self.cpu.tables(addr)
+    }
+
+    fn emulated_faults(&mut self) -> Option<u64> {
+        self.spy.visit();
+        self.cpu.emulated_faults()
+    }
+
+    fn wrote_debug_registers(&mut self) -> bool {
+        self.spy.visit();
+        self.cpu.wrote_debug_registers()
     }
 
     fn standing(&mut self) -> io::Result<Option<Standing>> {

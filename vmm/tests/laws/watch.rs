@@ -13,8 +13,10 @@ use trapline_vmm::limits::PAGE_SIZE;
 
 use crate::booted::Booted;
 use crate::clock::wait_for;
-use crate::lane::Flavour::{Amd, Intel};
-use crate::lane::Need::{DataWatch, Issue3On, Kick, RealModeSlots, SeveralHits, StepsOverExits};
+use crate::lane::Flavour::Intel;
+use crate::lane::Need::{
+    DataWatch, Issue3On, Kick, RealModeSlots, SeveralHits, StepsOverExits, StuckTables, WatchedTables,
+};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, name};
 
@@ -40,9 +42,12 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l66_memory_and_registers_are_as_without_us),
         law!(l66_what_is_removed_leaves_no_page_read_only),
         law!(l66_a_change_that_fails_leaves_no_page_read_only),
-        law!(l66_page_tables_can_be_watched, Issue3On(&[Amd, Intel])),
+        law!(l66_a_removal_that_fails_leaves_its_page_watched),
+        law!(l66_page_tables_can_be_watched, WatchedTables),
+        law!(l66_page_tables_that_stop_the_guest_are_said_and_it_goes_on_without_the_watch, StuckTables),
         law!(l66_a_store_that_kvm_cannot_hand_over_is_said_and_goes_on_without_the_watch),
-        law!(l66_a_frame_that_kvm_cannot_hand_over_is_said, Issue3On(&[Amd, Intel])),
+        law!(l66_a_frame_that_kvm_cannot_hand_over_is_said, Issue3On(&[Intel])),
+        law!(l66_a_frame_that_stops_the_guest_is_said_and_it_goes_on_without_the_watch, StuckTables),
         law!(l66_stores_beside_are_done_and_nobody_is_told, Kick),
         law!(l66_every_store_of_every_vcpu_is_told_exactly_once, Kick),
         law!(l66_watches_come_and_go_while_the_guest_runs, Kick),
@@ -506,6 +511,19 @@ fn l66_a_change_that_fails_leaves_no_page_read_only() {
     assert_eq!(rig.spies[0].look(|notes| notes.stored), 0);
 }
 
+/// A vCPU cannot follow the removal of a watch: it is still in force, and so must its page be.
+fn l66_a_removal_that_fails_leaves_its_page_watched() {
+    let mut rig = rig("watch_sweep", By::Pages);
+    let watch = write(8, 8);
+    rig.set(watch).unwrap();
+    rig.spies[0].refuse(1);
+    let error = rig.clear(watch).unwrap_err();
+    assert!(matches!(error, BreakpointError::Apply(_)), "{error}");
+    assert_eq!(stored_of(&rig.run_first(RunMode::Continue)).addr, watch.addr);
+    rig.clear(watch).unwrap();
+    assert_eq!(rig.run_first(RunMode::Continue), StopReason::GuestExit(0));
+}
+
 /// The guest digs a hole by clearing a bit of a watched page table entry, and fills it in its #PF handler.
 fn l66_page_tables_can_be_watched() {
     let mut rig = rig("fault_pf", By::Pages);
@@ -516,6 +534,33 @@ fn l66_page_tables_can_be_watched() {
     assert_eq!(present(&rig.run_first(RunMode::Continue)), 1, "filled");
     assert_eq!(rig.run_first(RunMode::Continue), StopReason::GuestExit(0));
     assert_eq!(rig.log().iter().map(|entry| entry.vector).collect::<Vec<_>>(), [14]);
+}
+
+/// What the processor needs is on the watched page, and it does not get on. Nothing is lost.
+fn goes_on_without(mut rig: Rig, watch: Breakpoint) -> Rig {
+    for _ in 0..2 {
+        let reason = rig.run_first(RunMode::Continue);
+        assert_eq!(*caused_by_watch(&reason, watch), Crash::NoProgress);
+    }
+    rig.clear(watch).unwrap();
+    assert_eq!(rig.run_first(RunMode::Continue), StopReason::GuestExit(0));
+    rig
+}
+
+fn l66_page_tables_that_stop_the_guest_are_said_and_it_goes_on_without_the_watch() {
+    let entry = Breakpoint::watch(at("fx_hole_entry"), 8, Trigger::Write);
+    let mut rig = rig("fault_pf", By::Pages);
+    rig.set(entry).unwrap();
+    assert_eq!(stored_of(&rig.run_first(RunMode::Continue)).new[0] & 1, 0, "the hole");
+    let rig = goes_on_without(rig, entry);
+    assert_eq!(rig.log().iter().map(|entry| entry.vector).collect::<Vec<_>>(), [14]);
+}
+
+fn l66_a_frame_that_stops_the_guest_is_said_and_it_goes_on_without_the_watch() {
+    let mut rig = rig("watch_stack", By::Pages);
+    rig.set(write(0, 1)).unwrap();
+    let rig = goes_on_without(rig, write(0, 1));
+    assert_eq!(rig.log().iter().map(|entry| entry.vector).collect::<Vec<_>>(), [6]);
 }
 
 /// The crash that a watched page caused.

@@ -2,8 +2,6 @@
 //! stepping leaves behind in it. Runs where KVM boots Linux, after guest-images/fetch-debian:
 //!
 //!     tests/lanes/svm -- target/debug/deps/linux-*
-//!
-//! Not yet a stage of tests/run: on the merged debug core it has not been seen to pass.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod debuggers;

@@ -54,13 +54,14 @@ impl<C: Cpu> VcpuThread<C> {
         }
     }
 
-    /// Sees to it that the guest's debug registers are looked at in time.
+    /// Sees to it that the guest's debug registers, and whether it gets on, are looked at in time.
     pub(super) fn kick_itself_if_needed(&mut self) {
-        let needed = matches!(self.state, State::Running(_)) && self.masks_the_guests() && self.guest.needs_looks();
+        let looks = self.masks_the_guests() && self.guest.needs_looks() || self.may_get_stuck();
+        let needed = matches!(self.state, State::Running(_)) && looks;
         if needed != self.kicks_itself {
             match self.cpu.kick_itself(needed) {
                 Ok(()) => self.kicks_itself = needed,
-                Err(error) => tracing::warn!(vcpu = self.id.0, %error, "no timer to look at the guest's registers"),
+                Err(error) => tracing::warn!(vcpu = self.id.0, %error, "no timer to look at the guest"),
             }
         }
     }
