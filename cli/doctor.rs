@@ -9,7 +9,8 @@ use serde::Serialize;
 use trapline_vmm::debug::Offer;
 use trapline_vmm::probe::{
     self, BlockIrq, BrokenClaim, Capabilities, DrAccess, GuestSlots, GuestTrapFlag, HaltStep, InjectBp, Int3, Kick,
-    MultiHit, PushedFlags, ReadonlyWrite, RealModeSlots, ResumeFlag, Slot, SoftwareInterrupt, Step, TripleFault,
+    MultiHit, OverExit, PushedFlags, ReadonlyWrite, RealModeSlots, ResumeFlag, Slot, SoftwareInterrupt, Step,
+    StepOverExit, TripleFault,
 };
 
 use crate::args::DoctorArgs;
@@ -334,6 +335,14 @@ fn notes(host: &Capabilities) -> Vec<&'static str> {
     note(
         seen.rf_honoured == ResumeFlag::Ignored,
         "RFLAGS.RF does not skip a breakpoint of ours: it is stepped over with the slot off.",
+    );
+    note(
+        seen.rf_over_exit == OverExit::Lost,
+        "A breakpoint on an instruction that faults may be told again when the guest's handler returns.",
+    );
+    note(
+        seen.ss_over_exit == StepOverExit::TrapsAgain,
+        "After the step of an instruction that KVM emulates the guest may get a #DB that is nobody's.",
     );
     note(seen.multi_hit_data == MultiHit::First, "Of several watchpoints hit at once, the first only is told.");
     note(seen.ss_pushf == PushedFlags::HasTrapFlag, "A stepped PUSHF stores our trap flag: it is taken out again.");

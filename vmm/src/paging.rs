@@ -12,6 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Volati
 use crate::vcpu::Registers;
 
 const PRESENT: u64 = 1;
+const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
 const ACCESSED: u64 = 1 << 5;
 const HUGE: u64 = 1 << 7;
@@ -25,7 +26,11 @@ const CR4_PSE: u64 = 1 << 4;
 const CR4_PAE: u64 = 1 << 5;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_SMEP: u64 = 1 << 20;
+const CR4_SMAP: u64 = 1 << 21;
+const CR4_PKE: u64 = 1 << 22;
+const CR4_PKS: u64 = 1 << 24;
 const EFER_LMA: u64 = 1 << 10;
+const EFER_NXE: u64 = 1 << 11;
 
 /// What the walk needs to know of a vCPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -45,6 +50,17 @@ impl From<&Registers> for Paging {
         let Registers { cr0, cr3, cr4, efer, .. } = *registers;
         Paging { cr0, cr3, cr4, efer }
     }
+}
+
+/// What an instruction wants of memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// To be fetched from there.
+    Fetch,
+    /// To load.
+    Read,
+    /// To store.
+    Write,
 }
 
 /// A translated address and how far the same mapping reaches.
@@ -164,6 +180,40 @@ impl Paging {
 
     /// Translates `gva` for an instruction fetch (SDM vol. 3, 4.6.1).
     fn fetchable(&self, memory: &GuestMemoryMmap, gva: u64, user: bool) -> Option<Mapping> {
+        let (mapping, all, any) = self.walk_valid(memory, gva)?;
+        let is_user = all & USER != 0;
+        let permitted = if user { is_user } else { !is_user || self.cr4 & CR4_SMEP == 0 };
+        (permitted && any & NO_EXECUTE == 0).then_some(mapping)
+    }
+
+    /// Whether an instruction in 64-bit mode, in ring 3 if `user`, gets at `len` bytes of RAM at `gva`
+    /// without a fault (SDM vol. 3, 4.6). What protection keys, RFLAGS.AC or CR0.WP would have to
+    /// decide is `false`, and so is a page without its accessed bit.
+    pub fn may_access(&self, memory: &GuestMemoryMmap, gva: u64, len: usize, user: bool, access: Access) -> bool {
+        let translate = |at| {
+            let (mapping, all, any) = self.walk_valid(memory, at)?;
+            let is_user = all & USER != 0;
+            let (keys, guard) = match access {
+                _ if is_user && access == Access::Fetch => (0, CR4_SMEP),
+                _ if is_user => (CR4_PKE, CR4_SMAP),
+                _ => (CR4_PKS, 0),
+            };
+            let ring = if user { is_user } else { self.cr4 & guard == 0 };
+            let may_run = any & NO_EXECUTE == 0;
+            let permitted = match access {
+                Access::Fetch => may_run,
+                Access::Read => may_run || self.efer & EFER_NXE != 0,
+                Access::Write => all & WRITABLE != 0 && (may_run || self.efer & EFER_NXE != 0),
+            };
+            (ring && permitted && self.cr4 & keys == 0).then_some(mapping)
+        };
+        let is_long = self.cr0 & CR0_PG != 0 && self.efer & EFER_LMA != 0;
+        is_long && self.pieces_by(translate, gva, len, |gpa, range| backed(memory, gpa, range.len())) == len
+    }
+
+    /// Translates `gva` in long mode, and gives the bits that all entries on the way have and those that any
+    /// has; `None` if a reserved bit is set or an accessed bit is not.
+    fn walk_valid(&self, memory: &GuestMemoryMmap, gva: u64) -> Option<(Mapping, u64, u64)> {
         let (mut all, mut any) = (u64::MAX, 0);
         let mapping = self.walk_long(memory, gva, |entry, level| {
             (all, any) = (all & entry, any | entry);
@@ -171,9 +221,7 @@ impl Paging {
             let huge = entry & HUGE != 0 && level > 0;
             !(huge && (level > 2 || entry & ((1 << (12 + 9 * level)) - 1) & !0x1fff != 0))
         })?;
-        let is_user = all & USER != 0;
-        let permitted = if user { is_user } else { !is_user || self.cr4 & CR4_SMEP == 0 };
-        (permitted && all & ACCESSED != 0 && any & NO_EXECUTE == 0).then_some(mapping)
+        (all & ACCESSED != 0).then_some((mapping, all, any))
     }
 
     /// Writes all of `bytes` from `gva` on; whether it was done. If not, nothing was written.
@@ -390,6 +438,47 @@ mod tests {
         }
         assert_eq!(fetched(0, HUGE, 0, LONG, true), 0, "reserved");
         assert_eq!(fetched(2, HUGE, 0, LONG, true), 0, "reserved: a large page that is not aligned");
+    }
+
+    #[test]
+    fn what_would_fault_is_not_accessed() {
+        const DATA: u64 = 0x9000;
+        const FRAMES: [u64; 4] = [0x2000, 0x3000, 0x4000, DATA];
+        let nx = Paging { efer: LONG.efer | EFER_NXE, ..LONG };
+        let with = |cr4: u64| Paging { cr4: CR4_PAE | cr4, ..nx };
+        let may = |paging: Paging, user: bool, access: Access, clear: u64, set: u64| {
+            // The same whichever level says it.
+            let each = [0, 1, 2, 3].map(|changed| {
+                let m = memory();
+                for (n, frame) in FRAMES.into_iter().enumerate() {
+                    let entry = frame | PRESENT | WRITABLE | USER | ACCESSED;
+                    let entry = if n == changed { (entry | set) & !clear } else { entry };
+                    put(&m, 0x1000 * (n as u64 + 1), entry);
+                }
+                assert!(!paging.may_access(&m, 0xff9, 8, user, access), "the next page is not mapped");
+                paging.may_access(&m, 0xff8, 8, user, access)
+            });
+            assert_eq!(each, [each[0]; 4]);
+            each[0]
+        };
+        use Access::{Fetch, Read, Write};
+        for (user, access) in
+            [(false, Fetch), (false, Read), (false, Write), (true, Fetch), (true, Read), (true, Write)]
+        {
+            assert!(may(nx, user, access, 0, 0));
+            assert!(!may(nx, user, access, PRESENT, 0));
+            assert!(!may(nx, user, access, ACCESSED, 0));
+            assert_eq!(may(nx, user, access, USER, 0), !user);
+            assert_eq!(may(nx, user, access, WRITABLE, 0), access != Write);
+            assert_eq!(may(nx, user, access, 0, NO_EXECUTE), access != Fetch);
+            assert!(!may(LONG, user, access, 0, NO_EXECUTE), "reserved without EFER.NXE");
+            assert_eq!(may(with(CR4_SMEP), user, access, 0, 0), user || access != Fetch);
+            assert_eq!(may(with(CR4_SMAP), user, access, 0, 0), user || access == Fetch);
+            assert_eq!(may(with(CR4_PKE), user, access, 0, 0), access == Fetch);
+            assert!(may(with(CR4_SMEP | CR4_SMAP), user, access, if user { 0 } else { USER }, 0));
+            assert!(!may(Paging::default(), user, access, 0, 0), "no long mode");
+        }
+        assert!(!may(with(CR4_PKS), false, Write, USER, 0));
     }
 
     #[test]

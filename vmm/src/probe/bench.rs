@@ -156,6 +156,8 @@ pub(super) struct Bench {
     vcpu: VcpuFd,
     vm: VmFd,
     ram: GuestRam,
+    /// Where the guests' code lies.
+    low: kvm_userspace_memory_region,
     sregs: kvm_sregs,
     lapic: kvm_lapic_state,
     alarm: Alarm,
@@ -170,6 +172,7 @@ impl Bench {
         let ram = GuestRam::new(MIN_MEMORY).map_err(|error| ProbeError::Memory(error.to_string()))?;
         let host = ram.slots().first().map_or(0, |slot| slot.userspace_addr);
         let parts = [(0, READONLY, 0), (READONLY, PAGE_SIZE, KVM_MEM_READONLY), (READONLY + PAGE_SIZE, 0, 0)];
+        let mut low = kvm_userspace_memory_region::default();
         for (slot, (start, size, flags)) in (0..).zip(parts) {
             let size = if size == 0 { UNBACKED - start } else { size };
             let region = kvm_userspace_memory_region {
@@ -182,6 +185,9 @@ impl Bench {
             // SAFETY: the three ranges lie in the one mapping of `ram` (UNBACKED is below its end), which the bench
             // keeps until `vm` and `vcpu` are gone; nothing else lives in it.
             unsafe { vm.set_user_memory_region(region) }.map_err(refused("map the probe's memory"))?;
+            if slot == 0 {
+                low = region;
+            }
         }
         let mut vcpu = vm.create_vcpu(0).map_err(refused("create a vCPU"))?;
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("list its CPUID"))?;
@@ -197,7 +203,7 @@ impl Bench {
         }
         kick::receive(vcpu.get_kvm_run());
         let claims = claims(&kvm);
-        let bench = Self { vcpu, vm, ram, sregs, lapic, alarm, claims, ran_late: false };
+        let bench = Self { vcpu, vm, ram, low, sregs, lapic, alarm, claims, ran_late: false };
         bench.write_tables().map_err(|Unclear(what)| ProbeError::Memory(what))?;
         Ok(bench)
     }
@@ -331,6 +337,21 @@ impl Bench {
         let mut events = self.vcpu.get_vcpu_events().map_err(unclear("read events"))?;
         (events.exception.injected, events.exception.nr) = (1, vector);
         self.vcpu.set_vcpu_events(&events).map_err(unclear("set events"))
+    }
+
+    /// Takes the guests' code away and gives it back: KVM forgets what it has mapped of it.
+    pub(super) fn map_again(&self) -> Result<(), Unclear> {
+        let none = kvm_userspace_memory_region { memory_size: 0, ..self.low };
+        // SAFETY: an empty range refers to no memory.
+        unsafe { self.vm.set_user_memory_region(none) }.map_err(unclear("unmap memory"))?;
+        // SAFETY: as it was mapped at first, and `ram` is still there.
+        unsafe { self.vm.set_user_memory_region(self.low) }.map_err(unclear("map memory"))
+    }
+
+    /// Whether the instruction at RIP is in the shadow of STI or MOV SS.
+    pub(super) fn has_shadow(&self) -> Result<bool, Unclear> {
+        let events = self.vcpu.get_vcpu_events().map_err(unclear("read events"))?;
+        Ok(events.interrupt.shadow != 0)
     }
 
     fn set_shadow(&self) -> Result<(), Unclear> {

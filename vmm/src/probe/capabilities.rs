@@ -9,7 +9,7 @@ use super::HostIdentity;
 use crate::debug::Offer;
 
 /// Version of the form of [`Capabilities`].
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// The answer to the question what this host's KVM can really do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,6 +94,24 @@ answers! {
         Honoured,
         /// The slot is hit again, and without end.
         Ignored,
+    }
+
+    /// What belongs to an instruction that has not run yet, when the guest is left before it has (SDM
+    /// vol. 3, 28.3: a processor keeps it).
+    OverExit {
+        /// It is still there.
+        Kept,
+        /// It is gone.
+        Lost,
+    }
+
+    /// A step of an instruction for which the guest is left in between, and guest code behind it that
+    /// is not stepped (law 51).
+    StepOverExit {
+        /// There is one trap.
+        Exact,
+        /// There is another one, behind it and without a cause.
+        TrapsAgain,
     }
 
     /// Several slots on one access (law 20).
@@ -299,6 +317,10 @@ pub struct Seen {
     pub multi_hit_data: MultiHit,
     /// RFLAGS.RF on an armed execution slot, in CPL 0.
     pub rf_honoured: ResumeFlag,
+    /// RFLAGS.RF on an armed execution slot, when KVM has to map the instruction's page first, in CPL 0.
+    pub rf_over_exit: OverExit,
+    /// STI's interrupt shadow, at the exit of an execution slot behind it.
+    pub shadow_over_exit: OverExit,
     /// INT3 in CPL 0.
     pub int3_cpl0: Int3,
     /// INT3 in CPL 3.
@@ -311,6 +333,8 @@ pub struct Seen {
     pub ss_cpl3_shadow: Step,
     /// Single-step that is set once, in CPL 0.
     pub ss_sticky: StickyStep,
+    /// Single-step over a read that KVM emulates, in CPL 0.
+    pub ss_over_exit: StepOverExit,
     /// PUSHF under single-step, in CPL 0.
     pub ss_pushf: PushedFlags,
     /// A step over HLT.

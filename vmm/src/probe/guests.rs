@@ -50,6 +50,7 @@ pub(super) const INT_N: Guest = Guest(&[NOP, ("int 0x41", &[0xcd, INT_VECTOR]), 
 pub(super) const INT1: Guest = Guest(&[NOP, ("int1", &[0xf1]), NOP, OUT]);
 pub(super) const HALT: Guest = Guest(&[("hlt", &[0xf4]), NOP, OUT]);
 pub(super) const INVALID: Guest = Guest(&[NOP, ("ud2", &[0x0f, 0x0b]), OUT]);
+pub(super) const SHADOW: Guest = Guest(&[("sti", &[0xfb]), NOP, NOP, OUT]);
 pub(super) const PUSH_FLAGS: Guest = Guest(&[("pushfq", &[0x9c]), NOP, OUT]);
 pub(super) const READ_DR6: Guest = Guest(&[("mov rax, dr6", &[0x0f, 0x21, 0xf0]), NOP, OUT]);
 
@@ -94,7 +95,7 @@ mod tests {
 
     use super::*;
 
-    const ALL: [Guest; 16] = [
+    const ALL: [Guest; 17] = [
         COUNT,
         STORE,
         LOAD,
@@ -104,6 +105,7 @@ mod tests {
         INT1,
         HALT,
         INVALID,
+        SHADOW,
         PUSH_FLAGS,
         READ_DR6,
         READ_UNBACKED,

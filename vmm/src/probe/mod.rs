@@ -21,8 +21,8 @@ use std::sync::{Mutex, PoisonError};
 pub use broken::BrokenClaim;
 pub use capabilities::{
     BlockIrq, Capabilities, Claims, DrAccess, GuestDrValues, GuestSlots, GuestTrapFlag, HaltStep, Inject, InjectBp,
-    Int3, Kick, MultiHit, OutRip, PushedFlags, ReadonlyWrite, RealModeSlots, ResumeFlag, SCHEMA, Seen, Slot,
-    SoftwareInterrupt, Step, StickyStep, TripleFault,
+    Int3, Kick, MultiHit, OutRip, OverExit, PushedFlags, ReadonlyWrite, RealModeSlots, ResumeFlag, SCHEMA, Seen, Slot,
+    SoftwareInterrupt, Step, StepOverExit, StickyStep, TripleFault,
 };
 pub use host::HostIdentity;
 

@@ -6,6 +6,7 @@ use std::io;
 use super::{Activity, Registers};
 use crate::debug::{Crash, DebugExit, DebugImage, Dr7, General, GuestRegisters, Overlay, SLOTS, StopReason};
 use crate::memory::DeviceStore;
+use crate::paging::Access;
 
 /// Why guest code stopped running. Parsed once from `kvm_run`; everything after matches on this.
 #[derive(Debug)]
@@ -83,6 +84,15 @@ impl Raised {
     /// An exception with the error code 0.
     pub const fn fault(vector: u8) -> Self {
         Raised::Exception { vector, error: Some(0) }
+    }
+
+    /// Whether the instruction that raises it has not been executed, so that a handler may have it
+    /// tried again: any exception but #DB, NMI, #BP, #OF, #DF and #MC (SDM vol. 3, 6.5).
+    pub const fn is_fault(self) -> bool {
+        match self {
+            Raised::Exception { vector, .. } => !matches!(vector, 1..=4 | 8 | 18),
+            Raised::Interrupt { .. } => false,
+        }
     }
 }
 
@@ -166,6 +176,12 @@ pub trait Cpu {
 
     /// Whether ring 3 may use what is at a linear address, as far as the page tables say.
     fn is_users(&mut self, _addr: u64) -> bool {
+        false
+    }
+
+    /// Whether guest code where the vCPU stands, in 64-bit mode, gets at so many bytes of RAM at a linear
+    /// address without a fault; `false` if that is not certain.
+    fn may_access(&mut self, _addr: u64, _len: usize, _access: Access) -> bool {
         false
     }
 

@@ -31,8 +31,8 @@ use crate::debug::{Crash, DebugExit, DebugImage, Dr6, GENERAL_DETECT, General, G
 use crate::devices::{Bus, DeviceEvent};
 use crate::limits::LOOK_INTERVAL;
 use crate::memory::{DeviceStore, GuestRam};
-use crate::paging::{Paging, exchange_physical, read_physical, write_all_physical};
-use crate::probe::Step;
+use crate::paging::{Access, Paging, exchange_physical, read_physical, write_all_physical};
+use crate::probe::{Step, StickyStep};
 
 const MSR_STAR: u32 = 0xc000_0081;
 const MSR_LSTAR: u32 = 0xc000_0082;
@@ -43,6 +43,7 @@ const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
 const INT1: u8 = 0xf1;
 const HLT: u8 = 0xf4;
 const EFER_LMA: u64 = 1 << 10;
+const RFLAGS_RF: u64 = 1 << 16;
 const CR4_CET: u64 = 1 << 23;
 /// Most bytes of one instruction.
 const MAX_INSTRUCTION: usize = 15;
@@ -68,6 +69,10 @@ pub struct KvmCpu {
     trapped: Option<DebugExit>,
     /// It was runnable when it was looked at, and was not entered since.
     awake: bool,
+    /// What KVM was last told, and whether it goes on stepping ring 0 until it is told otherwise: not
+    /// every KVM does, and who is not asked has not stepped yet.
+    told: Option<Arming>,
+    step_stays: Option<bool>,
 }
 
 impl KvmCpu {
@@ -84,6 +89,8 @@ impl KvmCpu {
             emulated_faults: None,
             trapped: None,
             awake: false,
+            told: None,
+            step_stays: None,
         }
     }
 
@@ -207,6 +214,15 @@ impl KvmCpu {
         !Dr6(exit.dr6).single_step() || self.read(exit.pc.wrapping_sub(1), &mut before) == 1 && before[0] != HLT
     }
 
+    /// Whether the next instruction is stepped because the last one was (law 44).
+    fn goes_on_stepping(&mut self) -> bool {
+        let stays = *self.step_stays.get_or_insert_with(|| {
+            crate::probe::capabilities().is_ok_and(|can| can.seen.ss_sticky == StickyStep::Stays)
+        });
+        // The probe has asked in ring 0.
+        stays && self.fd.is_fresh() && self.fd.get_sregs().is_ok_and(|sregs| sregs.cs.dpl == 0)
+    }
+
     fn paging(&self) -> io::Result<Paging> {
         let sregs = self.fd.get_sregs()?;
         Ok(Paging { cr0: sregs.cr0, cr3: sregs.cr3, cr4: sregs.cr4, efer: sregs.efer })
@@ -214,6 +230,7 @@ impl KvmCpu {
 
     /// Adds `flags` to one call that arms nothing; the caller arms again.
     fn inject(&mut self, flags: u32) -> io::Result<()> {
+        self.told = None;
         Ok(self.fd.set_guest_debug(&kvm_guest_debug { control: flags, ..Default::default() })?)
     }
 
@@ -299,6 +316,10 @@ impl Cpu for KvmCpu {
         if let Some(hook) = &self.arm_hook {
             hook(arming)?;
         }
+        if arming.step && self.told == Some(*arming) && self.goes_on_stepping() {
+            return Ok(());
+        }
+        self.told = None;
         let mut control = 0;
         let has_slots = arming.dr7 != crate::debug::Dr7::NONE;
         // With either of these flags every #DB of the guest's own exits to us, so they are set
@@ -320,7 +341,9 @@ impl Cpu for KvmCpu {
         arch.debugreg[..4].copy_from_slice(&arming.addresses);
         // Where it works, every access of the guest's to its own debug registers exits (law 31).
         arch.debugreg[7] = arming.dr7.bits() | if has_slots { GENERAL_DETECT } else { 0 };
-        Ok(self.fd.set_guest_debug(&kvm_guest_debug { control, arch, ..Default::default() })?)
+        self.fd.set_guest_debug(&kvm_guest_debug { control, arch, ..Default::default() })?;
+        self.told = Some(*arming);
+        Ok(())
     }
 
     fn pc(&mut self) -> io::Result<u64> {
@@ -401,6 +424,12 @@ impl Cpu for KvmCpu {
         self.paging().is_ok_and(|paging| paging.translate(self.ram.mem(), addr).is_some_and(|mapping| mapping.user))
     }
 
+    fn may_access(&mut self, addr: u64, len: usize, access: Access) -> bool {
+        let Ok(sregs) = self.fd.get_sregs() else { return false };
+        let paging = Paging { cr0: sregs.cr0, cr3: sregs.cr3, cr4: sregs.cr4, efer: sregs.efer };
+        paging.may_access(self.ram.mem(), addr, len, sregs.cs.dpl == 3, access)
+    }
+
     fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize {
         read_physical(self.ram.mem(), gpa, into)
     }
@@ -470,6 +499,10 @@ impl Cpu for KvmCpu {
     fn raise(&mut self, event: Raised, len: u64) -> io::Result<()> {
         let mut regs = self.fd.get_regs()?;
         regs.rip = regs.rip.wrapping_add(len);
+        // The processor pushes it for every fault (SDM vol. 3, 18.3.1.1); KVM does for its own only.
+        if event.is_fault() {
+            regs.rflags |= RFLAGS_RF;
+        }
         self.fd.set_regs(&regs)?;
         let mut events = self.fd.get_vcpu_events()?;
         events.interrupt.shadow = 0;

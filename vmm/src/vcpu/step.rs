@@ -33,11 +33,13 @@
 mod effect;
 mod gate;
 mod iret;
+mod plain;
 
 use std::io;
 
 use self::effect::{Effect, Kind, Next, decode};
-use self::gate::{Frame, Gates, with_tf};
+pub(crate) use self::gate::Frame;
+use self::gate::{Gates, with_tf};
 pub(crate) use self::iret::Return;
 use super::over::hide_patches;
 use super::{Activity, Arming, Cpu, Registers, Ring3};
@@ -77,8 +79,9 @@ pub(crate) struct Stepped {
     returns: bool,
     /// It may lead to itself: a trap there says that it was done.
     may_stay: bool,
-    /// Stops within a REP so far.
+    /// Stops within a REP so far, and RCX at the last of them.
     iterations: u32,
+    count: u64,
     /// RSP, CS and CR3 at the start: whose instruction it is.
     context: Context,
 }
@@ -97,6 +100,7 @@ enum Phase {
 }
 
 /// What a step begins as.
+#[expect(clippy::large_enum_variant, reason = "it is matched at once, and there is one for each step")]
 pub(crate) enum Begun {
     Step(Stepped),
     /// It cannot be made on this host; why.
@@ -142,8 +146,8 @@ pub(crate) struct Outcome {
     pub(crate) tf: bool,
     /// The guest steps itself, and is to get #DB for this instruction.
     pub(crate) owes_trap: bool,
-    /// The instruction has faulted: it may be tried again.
-    pub(crate) faulted: bool,
+    /// The instruction has faulted, and this leads back to it: it may be tried again.
+    pub(crate) faulted: Option<Frame>,
 }
 
 /// One context's way over one instruction.
@@ -152,12 +156,29 @@ pub(crate) struct Crossing {
     pub(crate) pc: u64,
     rsp: u64,
     cr3: u64,
+    /// Its instruction has faulted, and this leads back to it.
+    frame: Option<Frame>,
 }
 
 impl Crossing {
     /// That of a vCPU with these registers, which stands at `pc`.
     pub(crate) fn at(pc: u64, registers: &Registers) -> Self {
-        Crossing { pc, rsp: registers.rsp, cr3: registers.cr3 }
+        Crossing { pc, rsp: registers.rsp, cr3: registers.cr3, frame: None }
+    }
+
+    /// It has faulted.
+    pub(crate) fn faulted(self, frame: Frame) -> Self {
+        Crossing { frame: Some(frame), ..self }
+    }
+
+    /// The debugger has moved the vCPU: what is on the stack says nothing any more.
+    pub(crate) fn forget_frame(&mut self) {
+        self.frame = None;
+    }
+
+    /// Whether the frame is still there by which the handler of its fault returns to it.
+    pub(crate) fn is_led_back_to<C: Cpu>(&self, cpu: &mut C) -> bool {
+        self.frame.is_some_and(|frame| frame.leads_back(cpu, self.rsp))
     }
 
     /// Whether a vCPU with these registers, at its address, is in the same context.
@@ -193,6 +214,7 @@ impl Stepped {
             returns: false,
             may_stay,
             iterations: 0,
+            count: registers.rcx,
             context,
         };
         if phase == Phase::Stepping
@@ -251,6 +273,9 @@ impl Stepped {
     /// Finds out where the instruction may lead that a single step would miss.
     fn foresee<C: Cpu>(&mut self, cpu: &mut C, registers: &Registers, event: Option<u8>) -> io::Result<()> {
         if registers.efer & LONG_MODE == 0 {
+            return Ok(());
+        }
+        if event.is_none() && self.covered.is_none() && self.effect.raises_nothing(cpu) {
             return Ok(());
         }
         let gates = Gates::read(cpu, registers);
@@ -399,8 +424,17 @@ impl Stepped {
 
     /// Whether a trap at `pc` says of a step that was none: some VT-x implementations trap once
     /// more without progress after they have left the guest in between (law 51).
-    pub(crate) fn has_not_run_at(&self, pc: u64) -> bool {
-        pc == self.from && !self.may_stay
+    pub(crate) fn has_not_run_at<C: Cpu>(&self, cpu: &mut C, pc: u64) -> io::Result<bool> {
+        if pc != self.from || self.may_stay {
+            return Ok(false);
+        }
+        // A REP stops between its iterations, too.
+        Ok(self.effect.kind != Kind::Repeat || cpu.state()?.rcx == self.count)
+    }
+
+    /// Whether it is INT1, which VT-x exits for before it has run, as if for a trap.
+    pub(crate) fn is_int1(&self) -> bool {
+        self.effect.kind == Kind::Interrupt(DB)
     }
 
     /// Puts right what the instruction did with the TF that the guest did not set. The vCPU has
@@ -408,7 +442,7 @@ impl Stepped {
     pub(crate) fn end<C: Cpu>(self, cpu: &mut C, pc: u64, arrival: Arrival) -> Outcome {
         self.mend(cpu, pc, arrival).unwrap_or_else(|error| {
             tracing::warn!(%error, pc = self.from, "what single-step left in the guest could not be put right");
-            Outcome { tf: self.tf, owes_trap: false, faulted: false }
+            Outcome { tf: self.tf, owes_trap: false, faulted: None }
         })
     }
 
@@ -420,20 +454,20 @@ impl Stepped {
             tracing::warn!(%error, pc = self.from, "an interrupt shadow is left over from a step");
         }
         let was_hidden = matches!(self.phase, Phase::Stepping | Phase::WaitingUnwatched);
-        Outcome { tf: self.tf && was_hidden, owes_trap: false, faulted: false }
+        Outcome { tf: self.tf && was_hidden, owes_trap: false, faulted: None }
     }
 
     fn mend<C: Cpu>(&self, cpu: &mut C, pc: u64, arrival: Arrival) -> io::Result<Outcome> {
         let mut registers = cpu.state()?;
         let both_ran = |covered: &Effect| pc != covered.at;
-        let mut outcome = Outcome { tf: self.tf, owes_trap: false, faulted: false };
+        let mut outcome = Outcome { tf: self.tf, owes_trap: false, faulted: None };
         if arrival == Arrival::Handler {
             let from = [Some(self.effect), self.covered].into_iter().flatten().flat_map(|e| [e.at, e.behind]);
             let from: Vec<u64> = from.map(|at| at.wrapping_sub(self.context.base)).collect();
             if let Some(frame) = Frame::find(cpu, registers.rsp, self.context.cs, &from) {
                 frame.put_tf(cpu, self.tf);
                 outcome.tf = false;
-                outcome.faulted = frame.rip == from[0];
+                outcome.faulted = (frame.rip == from[0]).then_some(frame);
             }
             return Ok(outcome);
         }
@@ -481,15 +515,16 @@ impl Stepped {
 
     /// Counts a trap between two iterations of a REP; whether others are to have their turn:
     /// interrupts now and then, the guest that steps itself each time.
-    pub(crate) fn iterated(&mut self) -> bool {
+    pub(crate) fn iterated<C: Cpu>(&mut self, cpu: &mut C) -> io::Result<bool> {
         self.iterations += 1;
-        self.tf || self.iterations >= REP_PIECE
+        self.count = cpu.state()?.rcx;
+        Ok(self.tf || self.iterations >= REP_PIECE)
     }
 
     /// Whose instruction it is.
     pub(crate) fn crossing(&self) -> Crossing {
         let Context { rsp, cr3, .. } = self.context;
-        Crossing { pc: self.from, rsp, cr3 }
+        Crossing { pc: self.from, rsp, cr3, frame: None }
     }
 }
 
@@ -521,8 +556,9 @@ fn fetch<C: Cpu>(cpu: &mut C, image: &DebugImage, pc: u64, registers: &Registers
 fn may_lead_to<C: Cpu>(cpu: &mut C, effect: &Effect, registers: &Registers, addr: u64) -> io::Result<bool> {
     let mut target = [0; 8];
     Ok(match (effect.kind, effect.next) {
-        // Between two iterations.
-        (Kind::Repeat, _) => true,
+        (Kind::Interrupt(vector), _) if registers.efer & LONG_MODE != 0 => {
+            Gates::read(cpu, registers).handler(cpu, vector) == Some(addr)
+        }
         (Kind::Syscall, _) => cpu.registers()?.lstar == addr,
         (Kind::Sysret { wide: true }, _) => registers.rcx == addr,
         (_, Next::Behind) => false,

@@ -74,6 +74,13 @@ enum Ready {
     Refused(&'static str),
 }
 
+/// What a breakpoint is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trap {
+    Slot,
+    Patch,
+}
+
 /// The last stop, for as long as the vCPU has not left the place.
 #[derive(Debug, Clone, Copy)]
 struct Told {
@@ -232,7 +239,12 @@ impl<C: Cpu> VcpuThread<C> {
             Request::WriteRegisters(registers) => {
                 // Writing registers drops what KVM latched for the step (law 7).
                 (self.armed, self.guest_is_known) = (None, false);
+                let before = self.cpu.state();
                 let written = self.cpu.set_registers(&registers);
+                let moved = before.map_or(true, |old| (old.rip, old.rsp) != (registers.rip, registers.rsp));
+                if moved && let Some(crossing) = &mut self.unfinished {
+                    crossing.forget_frame();
+                }
                 self.look();
                 written.map(|()| Reply::Done)
             }
@@ -573,7 +585,7 @@ impl<C: Cpu> VcpuThread<C> {
             // The instruction is stepped over, as is one whose crossing was told.
             self.told = Some(Told { pc: exit.pc, crossing: true, counted: true });
         }
-        if !hits.is_empty() && self.is_back(exit.pc) {
+        if !hits.is_empty() && self.is_back(exit.pc, Trap::Slot) {
             // The crossing that was told goes on; its slot is suspended again, and it is stepped.
             self.told = Some(Told { pc: exit.pc, crossing: true, counted: true });
             return;
@@ -588,15 +600,20 @@ impl<C: Cpu> VcpuThread<C> {
         if hits.is_empty() {
             let Some(arrival) = arrival else { return };
             let Some(stepped) = &mut self.stepped else { return };
-            if stepped.has_not_run_at(exit.pc) && arrival == Arrival::Done {
+            if arrival == Arrival::Done && stepped.has_not_run_at(&mut self.cpu, exit.pc).unwrap_or(false) {
+                if stepped.is_int1() {
+                    self.guest.owe(0);
+                    self.is_interrupted(exit.pc);
+                }
                 return;
             }
             // Who steps over a breakpoint steps over all iterations: they are one crossing.
             if stepped.goes_on_at(exit.pc) && mode == RunMode::Continue {
-                if !self.alone
-                    && stepped.iterated()
-                    && let Err(error) = self.breathe(exit.pc)
-                {
+                let breathed = match stepped.iterated(&mut self.cpu) {
+                    Ok(true) if !self.alone => self.breathe(exit.pc),
+                    result => result.map(drop),
+                };
+                if let Err(error) = breathed {
                     tracing::warn!(vcpu = self.id.0, %error, "a REP could not be interrupted");
                 }
                 return;
@@ -661,7 +678,10 @@ impl<C: Cpu> VcpuThread<C> {
     }
 
     /// Whether the vCPU has come back to an instruction that was told of and has faulted.
-    fn is_back(&mut self, pc: u64) -> bool {
+    ///
+    /// INT3 has begun when it traps, and RF with it is gone (SDM vol. 3, 18.3.1.1): that its
+    /// breakpoint has been told is seen from the frame through which the handler has returned.
+    fn is_back(&mut self, pc: u64, by: Trap) -> bool {
         let Some(crossing) = self.unfinished.filter(|crossing| crossing.pc == pc) else { return false };
         let Ok(registers) = self.cpu.state() else { return false };
         if !crossing.is_of(&registers) {
@@ -669,7 +689,7 @@ impl<C: Cpu> VcpuThread<C> {
         }
         self.unfinished = None;
         // Where it has been left for good, the next time at this place is another crossing.
-        registers.rflags & RF != 0
+        registers.rflags & RF != 0 || by == Trap::Patch && crossing.is_led_back_to(&mut self.cpu)
     }
 
     /// Lets interrupts have their turn between two iterations of the REP at `pc`, which is a
@@ -698,8 +718,10 @@ impl<C: Cpu> VcpuThread<C> {
     fn end_step(&mut self, arrival: Arrival, pc: u64, crossing: bool) {
         let Some(stepped) = self.stepped.take() else { return };
         let told = stepped.crossing();
-        if self.finish(stepped, arrival, pc).faulted && crossing {
-            self.unfinished = Some(told);
+        if let Some(frame) = self.finish(stepped, arrival, pc).faulted
+            && crossing
+        {
+            self.unfinished = Some(told.faulted(frame));
         }
     }
 

@@ -10,8 +10,8 @@ use trapline_vmm::debug::{
 };
 
 use crate::clock::wait_for;
-use crate::lane::Flavour::{Intel, Pvm};
-use crate::lane::Need::{DataWatch, DrWrites, GeneralDetect, Issue3On, Kick};
+use crate::lane::Flavour::Pvm;
+use crate::lane::Need::{DataWatch, DrWrites, GeneralDetect, Kick, StepsOverExits};
 use crate::lane::flavour;
 use crate::law::{Law, law};
 use crate::rig::{Rig, at, name};
@@ -22,7 +22,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l24_the_guests_own_hits_add_up_around_one_of_ours),
         law!(l27_the_guest_loses_when_no_slot_is_left_and_regains_it),
         law!(l30_the_guests_debug_registers_stay_its_own),
-        law!(l30_every_access_to_a_debug_register_is_to_the_guests_own, Issue3On(&[Intel])),
+        law!(l30_every_access_to_a_debug_register_is_to_the_guests_own),
         law!(l30_what_the_guest_writes_it_reads_back_while_ours_come_and_go, Kick),
         law!(l31_the_guests_own_breakpoints_fire_beside_ours),
         law!(l31_a_breakpoint_that_the_guest_sets_unseen_is_served_in_time, Kick),
@@ -31,7 +31,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l31_one_that_the_guest_has_switched_off_is_not_served),
         law!(l32_the_guests_breakpoint_and_ours_on_one_instruction_are_both_hit, Kick),
         law!(l33_the_guests_own_single_step_goes_on_under_our_breakpoints),
-        law!(l33_the_guests_own_single_step_over_its_debug_registers, Issue3On(&[Intel])),
+        law!(l33_the_guests_own_single_step_over_its_debug_registers, StepsOverExits),
         law!(l33_the_guests_own_int1_reaches_it_under_our_breakpoints),
         law!(l34_the_guests_own_int3_reaches_it_under_our_breakpoints),
         law!(l35_general_detect_is_the_guests_own, GeneralDetect),

@@ -5,9 +5,9 @@ use trapline_guests::fixture::{self, LogEntry, cpu_field, vector};
 use trapline_vmm::debug::{Breakpoint, RunMode, StopReason, Trigger, VcpuId};
 use trapline_vmm::vcpu::Activity;
 
-use crate::lane::Flavour::{Intel, Pvm};
-use crate::lane::Need::{DataWatch, Issue3On, StepInRing3, Syscall};
-use crate::lane::{Need, flavour};
+use crate::lane::Flavour::Pvm;
+use crate::lane::Need::{DataWatch, ResumeFlagOverExits, StepInRing3, StepsOverExits, Syscall};
+use crate::lane::flavour;
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, name};
 
@@ -30,16 +30,16 @@ const EXCEPTIONS: &[(&str, &str, &str, u64, &str)] = &[
 
 pub(crate) fn laws() -> Vec<Law> {
     let mut laws = vec![
-        law!(l42_a_handler_may_sleep_while_its_instruction_is_stepped_over),
+        law!(l42_a_handler_may_sleep_while_its_instruction_is_stepped_over, ResumeFlagOverExits),
         law!(l42_a_step_into_a_handler_that_sleeps),
-        law!(l42_a_breakpoint_that_faults_and_is_left_for_good_is_told_again),
-        law!(l47_a_long_rep_under_a_breakpoint_lets_interrupts_through),
+        law!(l42_a_breakpoint_that_faults_and_is_left_for_good_is_told_again, ResumeFlagOverExits),
+        law!(l47_a_long_rep_under_a_breakpoint_lets_interrupts_through, ResumeFlagOverExits),
         law!(l45_a_stepped_pushf_behind_mov_ss_stores_no_trap_flag),
         law!(l45_a_step_leaves_no_trap_flag_to_what_comes_later),
-        law!(l45_a_guest_cannot_tell_that_it_is_stepped, Issue3On(&[Intel])),
+        law!(l45_a_guest_cannot_tell_that_it_is_stepped),
         law!(l45_a_guest_in_ring_3_cannot_tell_that_it_is_stepped, StepInRing3),
         law!(l46_popf_that_sets_tf_under_a_step),
-        law!(l46_a_guest_that_steps_itself_may_be_stepped_anywhere, Issue3On(&[Intel])),
+        law!(l46_a_guest_that_steps_itself_may_be_stepped_anywhere, StepsOverExits),
         law!(l46_a_breakpoint_where_the_guest_steps_itself),
         law!(l46_in_ring_3_the_guests_own_trap_flag_survives, StepInRing3),
         law!(l49_a_step_lands_on_the_handler_with_all_slots_taken),
@@ -54,9 +54,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l52_a_step_of_a_sleeping_vcpu_waits_for_its_interrupt),
     ];
     for (what, ..) in EXCEPTIONS {
-        // VT-x exits on INT1 itself.
-        let needs: &[Need] = if *what == "int1" { &[Issue3On(&[Intel])] } else { &[] };
-        laws.push(Law::of("l49_lands_on_the_handler_of_", what, needs, lands_on_the_handler));
+        laws.push(Law::of("l49_lands_on_the_handler_of_", what, &[], lands_on_the_handler));
     }
     laws
 }

@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use trapline_vmm::probe::{self, Capabilities, MultiHit, RealModeSlots, Seen, Slot, Step};
+use trapline_vmm::probe::{self, Capabilities, MultiHit, OverExit, RealModeSlots, Seen, Slot, Step, StepOverExit};
 
 /// What a trial needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +37,14 @@ pub(crate) enum Need {
     WatchedTables,
     /// They do not, and it is found out: KVM counts what it emulates, and can be kicked.
     StuckTables,
+    /// RFLAGS.RF is kept when the guest is left before the instruction has run. Bochs 2.7 loses it
+    /// (SDM vol. 3, 28.3.3: an EPT violation saves it as 1).
+    ResumeFlagOverExits,
+    /// The shadow of STI is kept at the exit of a breakpoint behind it. Bochs 2.7 loses it (SDM vol. 3, 28.3.4).
+    ShadowOverExits,
+    /// A step traps once, even if the guest is left in the middle of it. Bochs 2.7 keeps the trap for
+    /// the next entry, whosever that is, and cured it later (SDM vol. 3, 28.3.4: it is saved as clear).
+    StepsOverExits,
     /// The probe's answers on this KVM are recorded.
     Record,
     /// The debug core does not do this yet on these flavours of KVM (issue 3).
@@ -72,6 +80,13 @@ impl Need {
             Need::SeveralHits => (seen().multi_hit_data == MultiHit::All, "one hit per DR6: multi_hit_data"),
             Need::WatchedTables => (flavour() == Some(Flavour::Pvm), "page tables cannot be watched"),
             Need::StuckTables => (flavour() == Some(Flavour::Amd), "no nested paging, or no kick"),
+            Need::ResumeFlagOverExits => (seen().rf_over_exit != OverExit::Lost, "RF is lost in an exit: rf_over_exit"),
+            Need::ShadowOverExits => {
+                (seen().shadow_over_exit != OverExit::Lost, "no STI shadow at an exit: shadow_over_exit")
+            }
+            Need::StepsOverExits => {
+                (seen().ss_over_exit != StepOverExit::TrapsAgain, "a step traps again: ss_over_exit")
+            }
             Need::Record => (crate::doctor::record().is_some(), "no record of this KVM"),
             Need::Issue3On(flavours) => (!flavour().is_some_and(|here| flavours.contains(&here)), "issue 3"),
         };

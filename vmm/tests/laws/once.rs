@@ -5,8 +5,7 @@ use trapline_vmm::debug::{Breakpoint, RunMode, Stop, StopReason, Trigger, VcpuId
 
 use crate::booted::Booted;
 use crate::clock::wait_for;
-use crate::lane::Flavour::Intel;
-use crate::lane::Need::{DataWatch, ExecInRing3, Issue3On, Kick, SeveralHits};
+use crate::lane::Need::{DataWatch, ExecInRing3, Kick, ResumeFlagOverExits, SeveralHits};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, hit, name};
 
@@ -21,12 +20,12 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l13_every_watched_store_is_told_exactly_once, DataWatch, Kick),
         law!(l13_exactly_once_on_accesses_to_devices),
         law!(l13_exactly_once_at_the_end_of_a_fault_handler),
-        law!(l13_a_rep_is_one_crossing),
+        law!(l13_a_rep_is_one_crossing, ResumeFlagOverExits),
         law!(l13_a_watch_hit_within_a_rep_does_not_end_its_crossing, DataWatch),
         law!(l14_all_that_stop_in_one_window_are_told_without_running, Kick),
         law!(l14_a_stop_of_a_vcpu_that_stays_parked_waits, Kick),
         law!(l14_a_stop_request_may_be_answered_by_a_hit, Kick),
-        law!(l42_a_breakpoint_on_an_instruction_that_faults_is_told_once, Issue3On(&[Intel])),
+        law!(l42_a_breakpoint_on_an_instruction_that_faults_is_told_once, ResumeFlagOverExits),
         law!(l20_two_slots_hit_by_one_store_are_both_told, DataWatch, SeveralHits),
         law!(l22_a_watch_hit_and_the_breakpoint_behind_it_are_both_told, DataWatch),
         law!(l22_a_step_onto_a_breakpoint_is_a_step_and_then_a_hit_for_nobody),

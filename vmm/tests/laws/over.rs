@@ -14,8 +14,7 @@ use trapline_vmm::memory::GuestRam;
 use trapline_vmm::paging::write_all_physical;
 
 use crate::clock::wait_for;
-use crate::lane::Flavour::Intel;
-use crate::lane::Need::{Issue3On, Kick};
+use crate::lane::Need::{Kick, ShadowOverExits};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, bare_machine, name, vcpu};
 
@@ -32,7 +31,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l41_a_function_entry_is_crossed_without_a_step_on_every_vcpu, Kick),
         law!(l41_what_touches_memory_is_stepped),
         law!(l41_not_under_the_guests_own_trap_flag),
-        law!(l41_not_in_the_shadow_of_sti, Issue3On(&[Intel])),
+        law!(l41_not_in_the_shadow_of_sti, ShadowOverExits),
         law!(l41_registers_written_at_the_stop_are_what_it_starts_from),
         law!(l40_several_at_one_place_and_within_are_each_told_once),
     ]

@@ -13,15 +13,15 @@ use trapline_vmm::vcpu::Exit;
 
 use crate::booted::Booted;
 use crate::clock::wait_for;
-use crate::lane::Flavour::Intel;
-use crate::lane::Need::{Issue3On, Kick, Patches};
+use crate::lane::Need::{Kick, Patches};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, hit, name, send_nmi};
 
 pub(crate) fn laws() -> Vec<Law> {
     vec![
         law!(l40_a_slot_and_a_patch_on_one_instruction_are_each_hit_once, Patches),
-        law!(l42_a_patch_on_an_instruction_that_faults, Patches, Issue3On(&[Intel])),
+        law!(l42_a_patch_on_an_instruction_that_faults, Patches),
+        law!(l42_a_patch_that_faults_and_is_left_for_good_is_told_again, Patches),
         law!(l54_what_finds_no_slot_is_a_patch, Patches),
         law!(l54_where_int3_is_the_guests_the_fifth_is_refused),
         law!(l54_a_slot_that_becomes_free_takes_over_from_a_patch, Patches),
@@ -511,6 +511,23 @@ fn l42_a_patch_on_an_instruction_that_faults() {
         assert_eq!((rig.field(0, cpu_field::HITS), rig.log().len() as u64), (stores, stores));
     }
     rig.assert_guest_undisturbed();
+}
+
+/// The frame of the fault still lies below the stack when the vCPU comes by again: it says nothing then.
+fn l42_a_patch_that_faults_and_is_left_for_good_is_told_again() {
+    let mut rig = patching(&[Begin::Ring0("fault_pf_loop")]);
+    let bp = patch(&mut rig, at("f_pf_loop"));
+    assert_eq!(rig.run_first(RunMode::Continue), StopReason::Breakpoint(bp));
+    assert_eq!(name(rig.step()), name(at("fx_vector_14")));
+    let mut registers = rig.registers(0);
+    registers.rip = at("f_pf_loop_next");
+    // Behind the error code, RIP, CS and RFLAGS.
+    registers.rsp = rig.word(registers.rsp + 32);
+    rig.coordinator.set_registers(VcpuId(0), &registers).unwrap();
+    for hits in 1..5 {
+        assert_eq!(rig.run_first(RunMode::Continue), StopReason::Breakpoint(bp));
+        assert_eq!(rig.field(0, cpu_field::HITS), hits);
+    }
 }
 
 fn l59_set_and_removed_1000_times_under_fire() {

@@ -7,6 +7,7 @@ use std::thread::ThreadId;
 
 use trapline_vmm::debug::{DebugImage, Dr6, General, GuestRegisters};
 use trapline_vmm::memory::DeviceStore;
+use trapline_vmm::paging::Access;
 use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, KvmCpu, Raised, Registers, Ring3, Standing};
 
 use crate::clock::{Monitor, PATIENCE};
@@ -242,6 +243,11 @@ impl Cpu for Spied {
     fn translate(&mut self, addr: u64) -> Option<u64> {
         self.spy.visit();
         self.cpu.translate(addr)
+    }
+
+    fn may_access(&mut self, addr: u64, len: usize, access: Access) -> bool {
+        self.spy.visit();
+        self.cpu.may_access(addr, len, access)
     }
 
     fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize {

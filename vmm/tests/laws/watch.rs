@@ -14,7 +14,9 @@ use trapline_vmm::limits::PAGE_SIZE;
 use crate::booted::Booted;
 use crate::clock::wait_for;
 use crate::lane::Flavour::Intel;
-use crate::lane::Need::{DataWatch, Issue3On, Kick, RealModeSlots, SeveralHits, StuckTables, WatchedTables};
+use crate::lane::Need::{
+    DataWatch, Issue3On, Kick, RealModeSlots, SeveralHits, StepsOverExits, StuckTables, WatchedTables,
+};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, name};
 
@@ -33,7 +35,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l63_overlapping_watches_are_both_told, DataWatch, SeveralHits),
         law!(l63_overlapping_watches_are_both_told_by_pages),
         law!(l36_a_breakpoint_and_a_watch_on_one_store_by_pages),
-        law!(l22_a_stepped_store_is_told_and_ends_the_step_by_pages, Issue3On(&[Intel])),
+        law!(l22_a_stepped_store_is_told_and_ends_the_step_by_pages, StepsOverExits),
         law!(l13_a_watch_hit_within_a_rep_does_not_end_its_crossing_by_pages),
         law!(l64_loads_are_refused_where_only_pages_serve),
         law!(l65_a_store_of_a_device_is_told_by_pages),

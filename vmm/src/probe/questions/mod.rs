@@ -15,6 +15,7 @@ pub(super) fn ask_all(bench: &mut Bench, host: &HostIdentity) -> (Seen, Vec<Stri
     let mut ask = Asker { bench, remarks: Vec::new() };
     let x_cpl0 = ask.put("x_cpl0", |bench| slots::exec(bench, Ring::Kernel));
     let w_data = ask.put("w_data", |bench| slots::write(bench, Ring::Kernel));
+    let rf_honoured = ask.put("rf_honoured", |bench| slots::resume_flag(bench, x_cpl0));
     let int3_cpl0 = ask.put("int3_cpl0", |bench| exits::int3(bench, Ring::Kernel));
     let seen = Seen {
         x_cpl0,
@@ -24,13 +25,16 @@ pub(super) fn ask_all(bench: &mut Bench, host: &HostIdentity) -> (Seen, Vec<Stri
         rw_data: ask.put("rw_data", slots::access),
         multi_hit_x: ask.put("multi_hit_x", |bench| slots::several_exec(bench, x_cpl0)),
         multi_hit_data: ask.put("multi_hit_data", |bench| slots::several_data(bench, w_data)),
-        rf_honoured: ask.put("rf_honoured", |bench| slots::resume_flag(bench, x_cpl0)),
+        rf_honoured,
+        rf_over_exit: ask.put("rf_over_exit", |bench| slots::resume_flag_over_exit(bench, rf_honoured)),
+        shadow_over_exit: ask.put("shadow_over_exit", |bench| slots::shadow_over_exit(bench, x_cpl0)),
         int3_cpl0,
         int3_cpl3: ask.put("int3_cpl3", |bench| exits::int3(bench, Ring::User)),
         ss_cpl0: ask.put("ss_cpl0", |bench| step::step(bench, Ring::Kernel, false)),
         ss_cpl3: ask.put("ss_cpl3", |bench| step::step(bench, Ring::User, false)),
         ss_cpl3_shadow: ask.put("ss_cpl3_shadow", |bench| step::step(bench, Ring::User, true)),
         ss_sticky: ask.put("ss_sticky", step::sticky),
+        ss_over_exit: ask.put("ss_over_exit", step::over_exit),
         ss_pushf: ask.put("ss_pushf", step::pushed_flags),
         hlt_halts: ask.put("hlt_halts", step::halt),
         blockirq: ask.put("blockirq", step::block_irq),

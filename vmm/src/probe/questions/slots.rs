@@ -1,8 +1,8 @@
 //! Slots that are armed by us.
 
 use super::super::bench::{Bench, Debug, Exit, On, Ring};
-use super::super::guests::{COUNT, DATA, Guest, LOAD, STORE};
-use super::super::{HostIdentity, MultiHit, RealModeSlots, ResumeFlag, Slot, Unclear};
+use super::super::guests::{COUNT, DATA, Guest, LOAD, SHADOW, STORE};
+use super::super::{HostIdentity, MultiHit, OverExit, RealModeSlots, ResumeFlag, Slot, Unclear};
 use super::unclear;
 
 /// #DB.
@@ -69,6 +69,37 @@ pub(super) fn resume_flag(bench: &mut Bench, alone: Slot) -> Result<ResumeFlag, 
     match bench.run() {
         Exit::End if bench.regs()?.r8 == 1 => Ok(ResumeFlag::Honoured),
         Exit::Debug { pc, .. } if pc == COUNT.at(1) && bench.regs()?.r8 == 0 => Ok(ResumeFlag::Ignored),
+        exit => unclear(exit, bench),
+    }
+}
+
+/// As [`resume_flag`], but KVM has nothing mapped when it enters the guest.
+pub(super) fn resume_flag_over_exit(bench: &mut Bench, alone: ResumeFlag) -> Result<OverExit, Unclear> {
+    if alone != ResumeFlag::Honoured {
+        return Ok(OverExit::NotAsked);
+    }
+    if exec(bench, Ring::Kernel)? != Slot::Fires {
+        return Err(Unclear("the slot did not fire the second time".to_owned()));
+    }
+    bench.set_regs(|regs| regs.rflags |= RF)?;
+    bench.map_again()?;
+    match bench.run() {
+        Exit::End if bench.regs()?.r8 == 1 => Ok(OverExit::Kept),
+        Exit::Debug { pc, .. } if pc == COUNT.at(1) && bench.regs()?.r8 == 0 => Ok(OverExit::Lost),
+        exit => unclear(exit, bench),
+    }
+}
+
+pub(super) fn shadow_over_exit(bench: &mut Bench, alone: Slot) -> Result<OverExit, Unclear> {
+    if alone != Slot::Fires {
+        return Ok(OverExit::NotAsked);
+    }
+    bench.begin(Ring::Kernel, &SHADOW)?;
+    bench.arm(Debug::slots(&[(SHADOW.at(1), On::Execute)]))?;
+    match bench.run() {
+        Exit::Debug { pc, .. } if pc == SHADOW.at(1) => {
+            Ok(if bench.has_shadow()? { OverExit::Kept } else { OverExit::Lost })
+        }
         exit => unclear(exit, bench),
     }
 }

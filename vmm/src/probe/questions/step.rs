@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use super::super::bench::{Bench, Debug, Exit, Ring};
-use super::super::guests::{COUNT, HALT, PUSH_FLAGS, READ_UNBACKED};
-use super::super::{BlockIrq, HaltStep, PushedFlags, Step, StickyStep, Unclear};
+use super::super::bench::{Bench, Debug, Exit, On, Ring};
+use super::super::guests::{COUNT, FAR, HALT, PUSH_FLAGS, READ_UNBACKED};
+use super::super::{BlockIrq, HaltStep, PushedFlags, Step, StepOverExit, StickyStep, Unclear};
 use super::unclear;
 
 /// #DB.
 const DB: u8 = 1;
+const BS: u64 = 1 << 14;
 const TF: u64 = 1 << 8;
 const IF: u64 = 1 << 9;
 /// The vector of the interrupt that waits.
@@ -49,6 +50,30 @@ pub(super) fn sticky(bench: &mut Bench) -> Result<StickyStep, Unclear> {
             // Before the OUT there are five instructions.
             Exit::End if stops == 5 => return Ok(StickyStep::Stays),
             Exit::End if stops >= 1 => return Ok(StickyStep::LostAfterEmulation),
+            exit => return unclear(exit, bench),
+        }
+    }
+    Err(Unclear("no progress".to_owned()))
+}
+
+/// One step over the read that KVM emulates; a slot far away makes a trap behind it come to us.
+pub(super) fn over_exit(bench: &mut Bench) -> Result<StepOverExit, Unclear> {
+    let (read, behind) = (READ_UNBACKED.at(1), READ_UNBACKED.at(2));
+    bench.begin(Ring::Kernel, &READ_UNBACKED)?;
+    bench.set_regs(|regs| regs.rip = read)?;
+    bench.arm(Debug::step())?;
+    for _ in 0..MOST_EXITS {
+        match bench.run() {
+            Exit::MmioRead { .. } => {}
+            Exit::Debug { pc, .. } if pc == read => bench.arm(Debug::step())?,
+            Exit::Debug { pc, .. } if pc == behind => {
+                bench.arm(Debug::slots(&[(FAR, On::Execute)]))?;
+                return match bench.run() {
+                    Exit::End => Ok(StepOverExit::Exact),
+                    Exit::Debug { pc, dr6, .. } if pc == behind && dr6 & BS != 0 => Ok(StepOverExit::TrapsAgain),
+                    exit => unclear(exit, bench),
+                };
+            }
             exit => return unclear(exit, bench),
         }
     }

@@ -2,7 +2,9 @@
 
 use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
-use crate::vcpu::Registers;
+use super::plain::{Plain, plain};
+use crate::paging::Access;
+use crate::vcpu::{Cpu, Registers};
 
 /// EFER.LMA.
 const LONG_MODE: u64 = 1 << 10;
@@ -18,6 +20,8 @@ pub(super) struct Effect {
     pub(super) behind: u64,
     pub(super) kind: Kind,
     pub(super) next: Next,
+    /// Of an instruction that faults for the sake of its memory operands or not at all.
+    pub(super) plain: Option<Plain>,
     /// It reads or writes memory, a stack included.
     pub(super) uses_memory: bool,
     /// KVM's emulator carries it out, and does so right.
@@ -27,7 +31,7 @@ pub(super) struct Effect {
 /// Where an instruction leads, unless it faults.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Next {
-    /// To the one behind it.
+    /// To the one behind it, if anywhere.
     Behind,
     /// Here, or to the one behind it.
     At(u64),
@@ -68,15 +72,27 @@ pub(super) enum Kind {
     Other,
 }
 
+impl Effect {
+    /// Whether it is certain to raise no exception.
+    pub(super) fn raises_nothing<C: Cpu>(&self, cpu: &mut C) -> bool {
+        let Some(plain) = self.plain.filter(|_| self.kind == Kind::Other) else { return false };
+        let len = self.behind.wrapping_sub(self.at) as usize;
+        cpu.may_access(self.at, len, Access::Fetch) && plain.raises_nothing(cpu, self.next)
+    }
+}
+
 /// Decodes what `bytes`, found at the linear address `at`, mean to a vCPU with these registers.
 pub(super) fn decode(bytes: &[u8], at: u64, registers: &Registers) -> Effect {
     let bitness = bitness(registers);
+    let wide = (bitness == 64).then_some(registers);
     let instruction = Decoder::with_ip(bitness, bytes, at, DecoderOptions::NONE).decode();
+    let next = next(&instruction, wide);
     Effect {
         at,
         behind: at.wrapping_add(instruction.len() as u64),
         kind: kind(&instruction, registers.cpl()),
-        next: next(&instruction, if bitness == 64 { Some(registers) } else { None }),
+        next,
+        plain: wide.and_then(|registers| plain(&instruction, next, registers)),
         uses_memory: instruction.is_stack_instruction() || instruction.op_kinds().any(is_memory),
         is_emulated: is_emulated(&instruction),
     }
@@ -93,16 +109,20 @@ fn bitness(registers: &Registers) -> u32 {
 }
 
 /// `registers`: of a vCPU in 64-bit mode, where linear addresses are what the instruction says.
-fn next(instruction: &Instruction, registers: Option<&Registers>) -> Next {
+pub(super) fn next(instruction: &Instruction, registers: Option<&Registers>) -> Next {
     let known = match (instruction.flow_control(), registers) {
-        (FlowControl::Next, _) => Some(Next::Behind),
+        (FlowControl::Next | FlowControl::Exception, _) => Some(Next::Behind),
+        _ if matches!(instruction.code(), Code::Vmcall | Code::Vmmcall) => Some(Next::Behind),
         (_, None) => None,
         (FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call, _) => {
             (instruction.op0_kind() == OpKind::NearBranch64).then(|| Next::At(instruction.near_branch64()))
         }
         (FlowControl::Return, Some(registers)) => {
-            matches!(instruction.code(), Code::Retnq | Code::Retnq_imm16 | Code::Iretq)
-                .then_some(Next::StoredAt(registers.rsp))
+            let pops_eight_bytes = matches!(
+                instruction.code(),
+                Code::Retnq | Code::Retnq_imm16 | Code::Retfq | Code::Retfq_imm16 | Code::Iretq
+            );
+            pops_eight_bytes.then_some(Next::StoredAt(registers.rsp))
         }
         (FlowControl::IndirectBranch | FlowControl::IndirectCall, Some(registers)) => match instruction.code() {
             Code::Jmp_rm64 | Code::Call_rm64 if instruction.op0_kind() == OpKind::Register => {
@@ -119,7 +139,7 @@ fn next(instruction: &Instruction, registers: Option<&Registers>) -> Next {
 }
 
 /// Of a general register, or the base of a segment.
-fn value(registers: &Registers, register: Register) -> Option<u64> {
+pub(super) fn value(registers: &Registers, register: Register) -> Option<u64> {
     let Registers { rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15, .. } = *registers;
     match register {
         Register::FS => Some(registers.fs.base),
@@ -369,7 +389,10 @@ mod tests {
         assert_eq!(next(&[0xff, 0x15, 0x10, 0, 0, 0]), Next::StoredAt(0x1016), "CALL [RIP+16]");
         assert_eq!(next(&[0xc3]), Next::StoredAt(0x7000), "RET");
         assert_eq!(next(&[0x48, 0xcf]), Next::StoredAt(0x7000), "IRETQ");
-        assert_eq!(next(&[0xcb]), Next::Unknown, "RETF");
+        assert_eq!(next(&[0x48, 0xcb]), Next::StoredAt(0x7000), "RETF");
+        assert_eq!(next(&[0x0f, 0x0b]), Next::Behind, "UD2");
+        assert_eq!(next(&[0x0f, 0x01, 0xc1]), Next::Behind, "VMCALL");
+        assert_eq!(next(&[0xcb]), Next::Unknown, "RETF, four bytes");
         assert_eq!(next(&[0x0f, 0x05]), Next::Unknown, "SYSCALL");
         assert_eq!(next(&[0xcc]), Next::Unknown, "INT3");
         let registers = Registers { cs: Segment::default(), ..registers };

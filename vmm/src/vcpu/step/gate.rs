@@ -5,6 +5,8 @@ use super::TF;
 
 /// EFER.LMA.
 const LONG_MODE: u64 = 1 << 10;
+/// RFLAGS.RF: set in the frame of a fault.
+const RF: u64 = 1 << 16;
 /// Bytes of one gate.
 const GATE: usize = 16;
 /// The exceptions of the processor: the gates that are read at once.
@@ -55,7 +57,8 @@ impl Gates {
 }
 
 /// What an exception has pushed: RIP, CS, RFLAGS, RSP, SS, eight bytes each.
-pub(super) struct Frame {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Frame {
     pub(super) rip: u64,
     rflags: u64,
     rflags_at: u64,
@@ -78,6 +81,15 @@ impl Frame {
             let is_it = from.contains(&rip) && pushed_cs & 0xffff == u64::from(cs);
             is_it.then_some(Frame { rip, rflags, rflags_at })
         })
+    }
+
+    /// Whether it is still there, and leads back to where it was pushed, with `rsp`. A handler that
+    /// has returned by it leaves it below the stack.
+    pub(super) fn leads_back<C: Cpu>(&self, cpu: &mut C, rsp: u64) -> bool {
+        let mut bytes = [0; 32];
+        let got = cpu.read(self.rflags_at.wrapping_sub(16), &mut bytes);
+        let word = |n: usize| u64::from_le_bytes(bytes[8 * n..8 * n + 8].try_into().unwrap_or_default());
+        got == bytes.len() && (word(0), word(3)) == (self.rip, rsp) && word(2) & RF != 0
     }
 
     /// Makes TF in it the guest's own.

@@ -14,7 +14,7 @@
 
 use std::io;
 
-use super::{Found, State, Told, VcpuThread};
+use super::{Found, State, Told, Trap, VcpuThread};
 use crate::debug::{Crash, INT3, Patch, RunMode, SlotOwner, StopReason};
 use crate::vcpu::Cpu;
 use crate::vcpu::protocol::Message;
@@ -51,7 +51,7 @@ impl<C: Cpu> VcpuThread<C> {
             let owners = self.image.patch_at(gpa).map_or(&[][..], |patch| &patch.owners);
             let found = |behind: &SlotOwner| Found { behind: behind.clone(), addr: pc, stored: None };
             let hits: Vec<Found> = owners.iter().filter(asked).map(found).collect();
-            if hits.is_empty() || self.is_back(pc) {
+            if hits.is_empty() || self.is_back(pc, Trap::Patch) {
                 // Another linear address of the same byte, which is nobody's (law 57), or the crossing
                 // that was told goes on: it is only to be stepped over.
                 self.told = Some(Told { pc, crossing: true, counted: true });
