@@ -27,7 +27,8 @@ Exit codes:
 /// What the help of `doctor` ends with.
 const DOCTOR_AFTER: &str = "\
 Tiny guests try each mechanism; nothing is installed and nothing of this machine is changed. What they
-saw is kept in ~/.cache/trapline, for `run`, until the kernel, the KVM module or the processor changes.
+saw is kept in ~/.cache/trapline, for `run`, until the kernel, the KVM module, the processor or Trapline
+itself changes.
 
 Exit codes:
     0  a debugger is usable here

@@ -1,5 +1,6 @@
 //! `trapline doctor`: what this host's KVM can really do, for people and for machines.
 
+use std::borrow::Cow;
 use std::fmt::{self, Write as _};
 use std::io::{self, Write as _};
 use std::process::ExitCode;
@@ -7,6 +8,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use serde::Serialize;
 use trapline_vmm::debug::Offer;
+use trapline_vmm::limits::LOOK_INTERVAL;
 use trapline_vmm::probe::{
     self, BlockIrq, BrokenClaim, Capabilities, DrAccess, GuestSlots, GuestTrapFlag, HaltStep, InjectBp, Int3, Kick,
     MultiHit, OverExit, PushedFlags, ReadonlyWrite, RealModeSlots, ResumeFlag, Slot, SoftwareInterrupt, Step,
@@ -40,6 +42,7 @@ struct Report<'a> {
     capabilities: &'a Capabilities,
     usable: bool,
     broken_claims: Vec<BrokenClaim>,
+    guest_dr_gap_ms: Option<u64>,
 }
 
 /// Tries everything out, always afresh.
@@ -58,8 +61,23 @@ pub(crate) fn doctor(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn json(host: &Capabilities) -> anyhow::Result<String> {
-    let report = Report { capabilities: host, usable: host.is_usable(), broken_claims: host.broken_claims() };
+    let report = Report {
+        capabilities: host,
+        usable: host.is_usable(),
+        broken_claims: host.broken_claims(),
+        guest_dr_gap_ms: guest_dr_gap_ms(host),
+    };
     Ok(serde_json::to_string_pretty(&report)? + "\n")
+}
+
+/// How long it may take until a breakpoint that the guest sets in its own debug registers is served
+/// beside ours: 0 where such a write comes to us, none where that is not known.
+fn guest_dr_gap_ms(host: &Capabilities) -> Option<u64> {
+    match host.seen.gd_exit {
+        DrAccess::Exits => Some(0),
+        DrAccess::Never => u64::try_from(LOOK_INTERVAL.as_millis()).ok(),
+        DrAccess::NotAsked | DrAccess::Unexpected => None,
+    }
 }
 
 /// One line of the table.
@@ -67,11 +85,16 @@ struct Row {
     name: &'static str,
     claimed: Option<bool>,
     seen: &'static str,
-    served: &'static str,
+    served: Cow<'static, str>,
 }
 
-fn row(name: &'static str, claimed: impl Into<Option<bool>>, seen: &'static str, served: &'static str) -> Row {
-    Row { name, claimed: claimed.into(), seen, served }
+fn row(
+    name: &'static str,
+    claimed: impl Into<Option<bool>>,
+    seen: &'static str,
+    served: impl Into<Cow<'static, str>>,
+) -> Row {
+    Row { name, claimed: claimed.into(), seen, served: served.into() }
 }
 
 fn table(host: &Capabilities) -> String {
@@ -81,9 +104,11 @@ fn table(host: &Capabilities) -> String {
         let _ = writeln!(text, "{title}");
         for Row { name, claimed, seen, served } in rows {
             let claimed = claimed.map_or("", |claimed| if claimed { "yes" } else { "no" });
-            text += &line(&format!("  {name}"), claimed, seen, served);
+            text += &line(&format!("  {name}"), claimed, seen, &served);
         }
     }
+    text += "\nclaimed: what this KVM says it can do. seen: what small guests saw it do, in\n\
+             capitals where a debugger would expect better. served by: what is used here.\n";
     let broken = host.broken_claims();
     if !broken.is_empty() {
         text += "\nClaimed by this KVM, and not so:\n";
@@ -94,7 +119,7 @@ fn table(host: &Capabilities) -> String {
     let notes = notes(host);
     if !notes.is_empty() {
         text += "\nGood to know:\n";
-        notes.into_iter().for_each(|note| text += &item(note));
+        notes.iter().for_each(|note| text += &item(note));
     }
     if !host.remarks.is_empty() {
         text += "\nNot understood (please report):\n";
@@ -145,7 +170,7 @@ fn sections(host: &Capabilities) -> [(&'static str, Vec<Row>); 5] {
             "Breakpoints",
             vec![
                 row("kernel code", hardware, slot(seen.x_cpl0), by_slots(seen.x_cpl0, "")),
-                row("user code", hardware, slot(seen.x_cpl3), by_slots(seen.x_cpl3, "not served")),
+                row("user code", hardware, slot(seen.x_cpl3), by_slots(seen.x_cpl3, NOT_SERVED)),
                 row("INT3, kernel code", claims.software_breakpoints, int3(seen.int3_cpl0), by_patches(offer.patches)),
                 row(
                     "INT3, user code",
@@ -174,22 +199,22 @@ fn sections(host: &Capabilities) -> [(&'static str, Vec<Row>); 5] {
             "Single-step",
             vec![
                 row("kernel code", claims.single_step, step(seen.ss_cpl0), by_kvm(seen.ss_cpl0)),
-                row("user code", claims.single_step, step(seen.ss_cpl3), by_kvm(seen.ss_cpl3)),
-                row("interrupts held back", claims.block_irq, block_irq(seen.blockirq), ""),
+                row("user code", claims.single_step, step(seen.ss_cpl3), by_kvm_in_user_code(host)),
+                row("interrupts held back", claims.block_irq, block_irq(seen.blockirq), by_block_irq(seen.blockirq)),
                 row("HLT", None, halt(seen.hlt_halts), "Trapline itself"),
             ],
         ),
         (
             "The guest's own debugging",
             vec![
-                row("its breakpoints, alone", None, guest_slots(seen.guest_x), "the guest"),
-                row("its watchpoints, alone", None, guest_slots(seen.guest_w), "the guest"),
-                row("its breakpoints beside ours", None, guest_slots(seen.guest_x_overlaid), ""),
-                row("its steps beside ours", None, guest_step(seen.guest_tf_overlaid), ""),
-                row("its writes to DR0-7", None, dr_access(seen.gd_exit), ""),
+                row("its breakpoints, alone", None, guest_slots(seen.guest_x), by_guest(seen.guest_x)),
+                row("its watchpoints, alone", None, guest_slots(seen.guest_w), by_guest(seen.guest_w)),
+                row("its breakpoints beside ours", None, guest_slots(seen.guest_x_overlaid), "slots that we leave"),
+                row("its steps beside ours", None, guest_step(seen.guest_tf_overlaid), by_us(seen.guest_tf_overlaid)),
+                row("its writes to DR0-7", None, dr_access(seen.gd_exit), by_looks(host)),
             ],
         ),
-        ("Control", vec![row("stopping a running vCPU", None, kick(seen.kick), "")]),
+        ("Control", vec![row("stopping a running vCPU", None, kick(seen.kick), by_signal(seen.kick))]),
     ]
 }
 
@@ -228,9 +253,47 @@ fn by_pages(offer: Offer) -> &'static str {
 }
 
 fn by_kvm(step: Step) -> &'static str {
-    if matches!(step, Step::Exact | Step::ExtraExits) { "KVM" } else { "not served" }
+    if matches!(step, Step::Exact | Step::ExtraExits) { "KVM" } else { NOT_SERVED }
 }
 
+/// Ring 3 may have another way than ring 0, for some instructions.
+fn by_kvm_in_user_code(host: &Capabilities) -> &'static str {
+    match by_kvm(host.seen.ss_cpl3) {
+        NOT_SERVED if matches!(host.seen.ss_cpl3_shadow, Step::Exact) => "KVM, in part",
+        served => served,
+    }
+}
+
+fn by_block_irq(block: BlockIrq) -> &'static str {
+    if block == BlockIrq::Blocks { "KVM" } else { NOT_SERVED }
+}
+
+fn by_guest(slots: GuestSlots) -> &'static str {
+    if slots == GuestSlots::ToGuest { "the guest" } else { NOT_SERVED }
+}
+
+fn by_us(step: GuestTrapFlag) -> &'static str {
+    match step {
+        GuestTrapFlag::ExitsToUs => "Trapline itself",
+        GuestTrapFlag::ToGuest => "the guest",
+        _ => NOT_SERVED,
+    }
+}
+
+/// How it is found out what the guest wants in its debug registers.
+fn by_looks(host: &Capabilities) -> String {
+    match guest_dr_gap_ms(host) {
+        Some(0) => "Trapline itself".to_owned(),
+        Some(gap) => format!("a look every {gap} ms"),
+        None => NOT_SERVED.to_owned(),
+    }
+}
+
+fn by_signal(kick: Kick) -> &'static str {
+    if kick == Kick::Interrupts { "a signal" } else { NOT_SERVED }
+}
+
+const NOT_SERVED: &str = "not served";
 const NOT_ASKED: &str = "not asked";
 const UNEXPECTED: &str = "NOT UNDERSTOOD";
 
@@ -324,14 +387,24 @@ fn kick(kick: Kick) -> &'static str {
 }
 
 /// What the table has no line for and a user may run into.
-fn notes(host: &Capabilities) -> Vec<&'static str> {
+fn notes(host: &Capabilities) -> Vec<String> {
     let seen = &host.seen;
-    let mut notes = Vec::new();
-    let mut note = |holds: bool, text| {
+    let mut notes: Vec<String> = Vec::new();
+    if let Some(gap) = guest_dr_gap_ms(host).filter(|gap| *gap > 0) {
+        notes.push(format!(
+            "This KVM does not say when the guest writes its own debug registers. While a slot of ours is armed, a \
+             breakpoint that the guest sets for the first time may be missed for up to {gap} ms of running.",
+        ));
+    }
+    let mut note = |holds: bool, text: &str| {
         if holds {
-            notes.push(text);
+            notes.push(text.to_owned());
         }
     };
+    note(
+        by_kvm_in_user_code(host) == "KVM, in part",
+        "User code is stepped over instructions that KVM can emulate; a step of others is refused, with a reason.",
+    );
     note(
         seen.rf_honoured == ResumeFlag::Ignored,
         "RFLAGS.RF does not skip a breakpoint of ours: it is stepped over with the slot off.",
@@ -411,6 +484,24 @@ mod tests {
     }
 
     #[test]
+    fn how_long_a_write_of_the_guest_may_go_unseen_is_told() {
+        let [host, svm, vmx] = hosts();
+        for missed in [host, svm] {
+            let text = table(&missed);
+            assert!(
+                text.contains("  its writes to DR0-7                 do not exit        a look every 10 ms\n"),
+                "{text}"
+            );
+            assert!(text.contains("up to 10 ms"), "{text}");
+            assert_eq!(guest_dr_gap_ms(&missed), Some(10));
+        }
+        let text = table(&vmx);
+        assert!(text.contains("  its writes to DR0-7                 exit               Trapline itself\n"), "{text}");
+        assert!(!text.contains("10 ms"), "{text}");
+        assert_eq!(guest_dr_gap_ms(&vmx), Some(0));
+    }
+
+    #[test]
     fn a_host_where_nothing_works_is_said_to_be_useless() {
         let [mut host, ..] = hosts();
         host.seen.x_cpl0 = Slot::Never;
@@ -426,6 +517,7 @@ mod tests {
             let mut value: serde_json::Value = serde_json::from_str(&json(&host).expect("text")).expect("JSON");
             let object = value.as_object_mut().expect("an object");
             assert_eq!(object.remove("usable"), Some(true.into()));
+            assert_eq!(object.remove("guest_dr_gap_ms"), Some(guest_dr_gap_ms(&host).into()));
             let broken = object.remove("broken_claims").expect("a list");
             assert_eq!(broken.as_array().map(Vec::len), Some(host.broken_claims().len()));
             assert_eq!(serde_json::from_value::<Capabilities>(value).expect("the library's form"), host);

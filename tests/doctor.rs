@@ -64,10 +64,18 @@ fn json_for_machines_is_the_librarys_answer() {
     let object = printed.as_object_mut().expect("an object");
     assert_eq!(object.remove("usable"), Some(answer.is_usable().into()));
     assert_eq!(object.remove("broken_claims"), Some(serde_json::to_value(answer.broken_claims()).unwrap()));
+    let gap = object.remove("guest_dr_gap_ms").expect("told");
+    match answer.seen.gd_exit {
+        probe::DrAccess::Exits => assert_eq!(gap, 0),
+        probe::DrAccess::Never => assert_eq!(gap, trapline_vmm::limits::LOOK_INTERVAL.as_millis() as u64),
+        _ => assert_eq!(gap, Value::Null),
+    }
     assert_eq!(printed["schema"], probe::SCHEMA);
     assert_eq!(printed, serde_json::to_value(&answer).unwrap());
     let cached: Value = serde_json::from_slice(&fs::read(cache_of(home.path())).unwrap()).expect("JSON");
-    assert_eq!(cached, printed);
+    assert_eq!(cached["answers"], printed);
+    let program = cached["program"].as_str().expect("who asked");
+    assert!(program.starts_with(concat!(env!("CARGO_PKG_VERSION"), " ")), "{program}");
 }
 
 #[test]

@@ -420,6 +420,10 @@ impl Coordinator {
     ///
     /// If a vCPU that is to run has a stop that nobody was told of, that stop is returned and
     /// nothing runs. After a stop that the guest cannot survive, this ends the run.
+    ///
+    /// # Errors
+    /// If a vCPU does not follow, and the others could be stopped again: the world stands. If they
+    /// could not, the guest runs, that vCPU follows when it wakes, and this is no error.
     pub fn resume(&mut self, plan: &ResumePlan) -> Result<Option<Stop>, CoordinatorError> {
         match &self.world {
             World::Running => return Err(CoordinatorError::Running),
@@ -447,10 +451,15 @@ impl Coordinator {
         let mode = |(n, vcpu): (usize, &VcpuHandle)| if waits(VcpuId(n as u32)) { RunMode::Parked } else { vcpu.mode };
         let requests: Vec<_> = self.vcpus.iter().enumerate().map(mode).map(Request::Resume).collect();
         let resumed = self.ask_each(requests, ACK_DEADLINE).into_iter().try_for_each(|answer| answer.map(|_| ()));
-        resumed.or_else(|error| {
-            self.stop()?;
-            Err(error)
-        })
+        let Err(error) = resumed else { return Ok(()) };
+        match self.stop() {
+            Ok(()) => Err(error),
+            // The others run, and the one that is late follows when it wakes: the command is in its inbox.
+            Err(still) => {
+                tracing::warn!(%error, %still, "the guest goes on, but for that vCPU");
+                Ok(())
+            }
+        }
     }
 
     /// Looks at what the vCPUs have said. `Some` is a stop: by then the whole world is parked.
@@ -564,15 +573,16 @@ impl Coordinator {
         let forget = |vcpu: &VcpuId| !waits(*vcpu) && (nobody || dropped.iter().any(|stop| stop.vcpu == *vcpu));
         let forgetting: Vec<VcpuId> = (0..self.vcpus.len() as u32).map(VcpuId).filter(forget).collect();
         forgetting.into_iter().for_each(|vcpu| self.untell(vcpu));
+        let mut started = Ok(());
         match self.ending.take() {
             Some(ending) => _ = self.end(ending),
             None if self.ended().is_none() => {
-                self.start(&ResumePlan::all(self.vcpus.len(), RunMode::Continue), waits)?;
+                started = self.start(&ResumePlan::all(self.vcpus.len(), RunMode::Continue), waits);
             }
             None => {}
         }
         self.pending.extend(left);
-        Ok(())
+        started
     }
 
     /// Ends the run; nothing of the guest runs afterwards.

@@ -10,7 +10,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::{BootError, BootRequest, Entry};
 use crate::coordinator::{Coordinator, CoordinatorError, Kick};
 use crate::debug::{
-    Breakpoint, BreakpointError, Ending, Handler, INT3, Level, Offer, Owner, ResumePlan, Stop, StopReason, VcpuId,
+    Breakpoint, BreakpointError, Ending, Handler, INT3, Level, Notice, Offer, Owner, ResumePlan, Stop, StopReason,
+    VcpuId,
 };
 use crate::devices::{Console, Serial, Shared};
 use crate::machine::{HostError, KvmGround, Machine, MachineError};
@@ -189,6 +190,12 @@ impl Vm {
     /// Disarms `request` on every vCPU, or nowhere; works while the guest runs.
     pub fn clear_breakpoint(&mut self, owner: Owner, request: Breakpoint) -> Result<(), BreakpointError> {
         self.coordinator.clear_breakpoint(owner, request)
+    }
+
+    /// Whose requests have lost what served them to a higher level since the last call, or have
+    /// got it back, oldest first. The guest's own breakpoints are among them.
+    pub fn take_notices(&mut self) -> Vec<Notice> {
+        self.coordinator.take_notices()
     }
 
     /// Lets the guest go on. `Some` is a stop that was pending: then nothing has run.

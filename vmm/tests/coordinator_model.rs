@@ -11,6 +11,7 @@
 use std::collections::BTreeSet;
 use std::io;
 
+use shuttle::rand::Rng;
 use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use shuttle::sync::{Arc, Mutex};
 use shuttle::thread;
@@ -40,6 +41,8 @@ struct Probe {
     fail: AtomicU64,
     /// Turns that each call of `arm` takes.
     late: AtomicU64,
+    /// Turns that it takes to go on.
+    slow_to_resume: AtomicU64,
     arming: Mutex<Option<Arming>>,
     /// The next instruction at COUNTS tells pvpanic, once.
     panics: AtomicBool,
@@ -256,6 +259,12 @@ impl Cpu for ModelCpu {
     fn kick_itself(&mut self, _: bool) -> io::Result<()> {
         Ok(())
     }
+
+    fn resumed(&mut self) {
+        for _ in 0..self.probe.slow_to_resume.load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+    }
 }
 
 struct World {
@@ -430,6 +439,38 @@ fn l11_a_hit_that_was_dropped_fires_again_if_the_breakpoint_comes_back() {
             };
             assert_eq!(stop.vcpu.index(), other);
             assert_eq!(world.counts()[other], before + n, "a crossing was not told");
+        }
+    });
+}
+
+/// A slot changes hands while both vCPUs store to what it watched: those hits are not its new owner's.
+#[test]
+fn l11_a_hit_is_judged_by_what_its_own_vcpu_has_installed() {
+    const WATCHED: u64 = 0x8000;
+    check(|| {
+        let mut world = World::new(2);
+        world.probes.iter().for_each(|probe| probe.stores_to.store(WATCHED, Ordering::SeqCst));
+        let (handler, counted) = storing(2);
+        for n in 0..3 {
+            world.coordinator.set_breakpoint(Owner::harness(1), Breakpoint::exec(0xdead_0000 + n)).unwrap();
+        }
+        let watch = Breakpoint::watch(WATCHED, 1, Trigger::Write);
+        world.coordinator.set_trap(Owner::harness(1), watch, Some(handler)).unwrap();
+        assert_eq!(world.go(), None);
+        let elsewhere = Breakpoint::watch(WATCHED + 8, 1, Trigger::Write);
+        for _ in 0..3 {
+            world.count_on(1);
+            // It takes the slot of the youngest of the harness, and gives it back.
+            world.coordinator.set_breakpoint(Owner::GDB, elsewhere).unwrap();
+            assert_eq!(world.coordinator.mechanism(Owner::harness(1), watch), None);
+            assert_eq!(world.coordinator.poll().unwrap(), None, "told to who watches another place");
+            world.coordinator.clear_breakpoint(Owner::GDB, elsewhere).unwrap();
+        }
+        world.coordinator.stop().unwrap();
+        assert_eq!(world.coordinator.take_stop(), None, "told to who watches another place");
+        for (n, count) in world.counts().into_iter().enumerate() {
+            let hits = counted[n].load(Ordering::SeqCst);
+            assert!(hits > 0 && hits <= count, "vCPU {n}: {hits} hits, {count} stores");
         }
     });
 }
@@ -646,6 +687,42 @@ fn l18_a_vcpu_that_stopped_by_itself_stays_there_when_the_stop_of_the_world_fail
     });
 }
 
+/// One vCPU does not follow for so long that the others can perhaps be stopped again, and perhaps not.
+#[test]
+fn l18_what_a_resume_says_is_what_the_world_does() {
+    check(|| {
+        let mut world = World::new(2);
+        // Around one deadline, around two, and beyond.
+        let turns = shuttle::rand::thread_rng().gen_range(200..2_000);
+        world.probes[1].slow_to_resume.store(turns, Ordering::SeqCst);
+        let resumed = world.coordinator.resume(&ResumePlan::all(2, RunMode::Continue));
+        match resumed {
+            Ok(stop) => {
+                assert_eq!((stop, world.coordinator.is_running()), (None, true));
+                // Both run, the late one from when it wakes.
+                world.probes[1].slow_to_resume.store(0, Ordering::SeqCst);
+                while world.counts().contains(&0) {
+                    assert_eq!(world.coordinator.poll().unwrap(), None);
+                    thread::yield_now();
+                }
+            }
+            Err(error) => {
+                assert_eq!(error, CoordinatorError::NoAnswer { vcpu: VcpuId(1) });
+                assert!(!world.coordinator.is_running(), "told that it does not run, and it does");
+                let before = world.executed();
+                for _ in 0..20 {
+                    thread::yield_now();
+                }
+                assert_eq!(world.executed(), before, "guest code ran in a stopped world");
+                world.probes[1].slow_to_resume.store(0, Ordering::SeqCst);
+                assert_eq!(world.go(), None);
+            }
+        }
+        while world.coordinator.stop().is_err() {}
+        assert_eq!(world.coordinator.take_stop(), None);
+    });
+}
+
 #[test]
 fn c8_a_step_that_another_vcpu_interrupts_leaves_nothing_behind() {
     check(|| {
@@ -821,6 +898,31 @@ fn l71_release_does_not_drop_what_the_guest_itself_says() {
     });
 }
 
+/// gdb goes; what the harness watches has been stored to, and perhaps not been told yet.
+#[test]
+fn l71_release_of_one_level_leaves_the_stops_of_the_others() {
+    const WATCHED: u64 = 0x8000;
+    check(|| {
+        let mut world = World::new(2);
+        world.probes[1].stores_to.store(WATCHED, Ordering::SeqCst);
+        let watch = Breakpoint::watch(WATCHED, 1, Trigger::Write);
+        let stored = Stop {
+            vcpu: VcpuId(1),
+            reason: StopReason::Watchpoint { request: watch, addr: WATCHED, stored: None },
+            owner: Some(Owner::harness(1)),
+        };
+        world.coordinator.set_breakpoint(Owner::harness(1), watch).unwrap();
+        // Behind the store: vCPU 1 is told of that first.
+        world.coordinator.set_breakpoint(Owner::GDB, Breakpoint::exec(COUNTS + 1)).unwrap();
+        assert_eq!(world.go(), None);
+        if world.wait() != stored {
+            world.coordinator.release(Level::Gdb).unwrap();
+            assert_eq!(world.wait(), stored);
+        }
+        assert_eq!(world.counts()[1], 1, "a stop of the harness was dropped with gdb");
+    });
+}
+
 #[test]
 fn c2_no_kick_is_lost() {
     check(|| {
@@ -839,10 +941,19 @@ fn c2_no_kick_is_lost() {
 
 /// A handler that counts, and how often it did on each vCPU.
 fn counting(vcpus: usize) -> (Handler, Arc<Vec<AtomicU64>>) {
+    counting_at(COUNTS, vcpus)
+}
+
+/// The same behind the instruction that counts and stores.
+fn storing(vcpus: usize) -> (Handler, Arc<Vec<AtomicU64>>) {
+    counting_at(COUNTS + 1, vcpus)
+}
+
+fn counting_at(pc: u64, vcpus: usize) -> (Handler, Arc<Vec<AtomicU64>>) {
     let counted: Arc<Vec<AtomicU64>> = Arc::new((0..vcpus).map(|_| AtomicU64::new(0)).collect());
     let counter = counted.clone();
     let handler = Handler::new(move |hit| {
-        assert_eq!(hit.pc, COUNTS);
+        assert_eq!(hit.pc, pc);
         counter[hit.vcpu.index()].fetch_add(1, Ordering::SeqCst);
         Disposition::Continue
     });

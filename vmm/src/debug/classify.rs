@@ -285,7 +285,7 @@ mod tests {
     fn l33_what_nobody_owns_is_the_guests() {
         let far = image(&[Breakpoint::exec(0x50000)]);
         let own_tf = split(db(0x1001, 0xffff_4ff0), &far, false, Guest { tf: true, ..none() });
-        assert_eq!(own_tf.guest_db, Some(Dr6::BS));
+        assert_eq!((own_tf.guest_db, own_tf.step), (Some(Dr6::BS), false));
         // Ours is in slot 0, so that the guest's DR3 is served by slot 1.
         let mut own = guest([0, 0, 0, 0x1001], 0x480);
         let own_slot = split(db(0x1001, 0xffff_0ff2), &far, false, own);

@@ -6,10 +6,47 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use super::{Capabilities, HostIdentity, SCHEMA};
 
 /// Far more than the answers take.
 const MAX_FILE: u64 = 1 << 20;
+
+/// What the probe is made of. Another one may ask in another way, and hears another answer.
+const SOURCES: [(&str, &[u8]); 14] = [
+    ("alarm.rs", include_bytes!("alarm.rs")),
+    ("bench.rs", include_bytes!("bench.rs")),
+    ("broken.rs", include_bytes!("broken.rs")),
+    ("cache.rs", include_bytes!("cache.rs")),
+    ("capabilities.rs", include_bytes!("capabilities.rs")),
+    ("guests.rs", include_bytes!("guests.rs")),
+    ("host.rs", include_bytes!("host.rs")),
+    ("mod.rs", include_bytes!("mod.rs")),
+    ("questions/exits.rs", include_bytes!("questions/exits.rs")),
+    ("questions/guest_own.rs", include_bytes!("questions/guest_own.rs")),
+    ("questions/inject.rs", include_bytes!("questions/inject.rs")),
+    ("questions/mod.rs", include_bytes!("questions/mod.rs")),
+    ("questions/slots.rs", include_bytes!("questions/slots.rs")),
+    ("questions/step.rs", include_bytes!("questions/step.rs")),
+];
+
+/// What the file holds.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Kept {
+    /// Who has asked: [`program`].
+    program: String,
+    answers: Capabilities,
+}
+
+/// The version of this program and of its probe: answers that another one was given are none.
+fn program() -> String {
+    // FNV-1a.
+    let hash = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
+    let probe = SOURCES.iter().flat_map(|(_, source)| *source).fold(0xcbf2_9ce4_8422_2325, hash);
+    format!("{} {probe:016x}", env!("CARGO_PKG_VERSION"))
+}
 
 /// The cached answers about `host`.
 pub(super) fn load(host: &HostIdentity) -> Option<Capabilities> {
@@ -42,15 +79,15 @@ fn load_from(path: &Path, host: &HostIdentity) -> Option<Capabilities> {
     }
     let mut text = String::new();
     File::open(path).ok()?.take(MAX_FILE).read_to_string(&mut text).ok()?;
-    let cached: Capabilities = serde_json::from_str(&text).ok()?;
-    (cached.schema == SCHEMA && cached.host == *host).then_some(cached)
+    let Kept { program: asked_by, answers } = serde_json::from_str(&text).ok()?;
+    (answers.schema == SCHEMA && answers.host == *host && asked_by == program()).then_some(answers)
 }
 
 /// Written beside and renamed, so that a reader sees the old or the new, and never half of one.
 fn save_to(path: &Path, capabilities: &Capabilities) -> io::Result<()> {
     let folder = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
     fs::create_dir_all(folder)?;
-    let mut text = serde_json::to_vec_pretty(capabilities)?;
+    let mut text = serde_json::to_vec_pretty(&Kept { program: program(), answers: capabilities.clone() })?;
     text.push(b'\n');
     let mut file = tempfile::NamedTempFile::new_in(folder)?;
     file.write_all(&text)?;
@@ -108,12 +145,45 @@ mod tests {
     }
 
     #[test]
+    fn another_programs_answers_are_none() {
+        let (_folder, file, answers) = saved();
+        let (version, probe) = program().split_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+        assert_eq!(version, env!("CARGO_PKG_VERSION"));
+        for other in [String::new(), version.clone(), format!("{version}.1 {probe}"), format!("{version} 0{probe}")] {
+            let kept = Kept { program: other, answers: answers.clone() };
+            fs::write(&file, serde_json::to_string(&kept).unwrap()).unwrap();
+            assert_eq!(load_from(&file, &answers.host), None, "{:?}", kept.program);
+        }
+        // What builds before this one have written: the answers alone.
+        fs::write(&file, serde_json::to_string(&answers).unwrap()).unwrap();
+        assert_eq!(load_from(&file, &answers.host), None);
+    }
+
+    #[test]
+    fn all_of_the_probe_counts() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/probe");
+        let mut there = Vec::new();
+        for below in ["", "questions/"] {
+            let files = fs::read_dir(folder.join(below)).unwrap().map(|entry| entry.unwrap().file_name());
+            let names = files.map(|name| format!("{below}{}", name.to_str().unwrap()));
+            there.extend(names.filter(|name| name.ends_with(".rs")));
+        }
+        there.sort();
+        assert_eq!(SOURCES.map(|(name, _)| name.to_owned()).to_vec(), there);
+        for (name, source) in SOURCES {
+            assert_eq!(fs::read(folder.join(name)).unwrap(), source, "{name}");
+        }
+    }
+
+    #[test]
     fn an_older_or_newer_form_is_none() {
         let (_folder, file, answers) = saved();
         save_to(&file, &Capabilities { schema: SCHEMA + 1, ..answers.clone() }).unwrap();
         assert_eq!(load_from(&file, &answers.host), None);
-        let text = serde_json::to_string(&answers).unwrap();
+        let text = serde_json::to_string(&Kept { program: program(), answers: answers.clone() }).unwrap();
         for (from, to) in [
+            ("\"program\":\"", "\"program\":\"0"),
+            ("\"answers\":", "\"capabilities\":"),
             ("\"x_cpl0\":\"fires\",", ""),
             ("\"x_cpl0\":", "\"x_cpl9\":"),
             ("\"x_cpl0\":\"fires\"", "\"x_cpl0\":\"sometimes\""),

@@ -4,7 +4,7 @@
 //! fires. So each question is put to a tiny guest that does the thing, on a virtual machine of its
 //! own ([`capabilities()`]): `bench` is that machine, `guests` are the guests, `questions` ask, and
 //! `alarm` sees to it that no guest can hold the asker. The answers are kept for as long as
-//! the kernel, the KVM module and the processor stay the same (`cache`).
+//! the kernel, the KVM module, the processor and this program stay the same (`cache`).
 
 mod alarm;
 mod bench;
@@ -59,8 +59,9 @@ static KNOWN: Mutex<Option<Capabilities>> = Mutex::new(None);
 /// What this host's KVM can really do: from this process's memory, from the cache file, or else by
 /// trying it out, which takes a fraction of a second. Errors are not remembered.
 ///
-/// The cache file is `$XDG_CACHE_HOME/trapline/capabilities-1.json` (`~/.cache` without the
-/// variable). One that cannot be read or written, or that is another host's, is as good as none.
+/// The cache file is `$XDG_CACHE_HOME/trapline/capabilities-2.json` (`~/.cache` without the
+/// variable). One that cannot be read or written, or that is another host's or another version's of this
+/// program, is as good as none.
 pub fn capabilities() -> Result<Capabilities, ProbeError> {
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(known) = &*known {

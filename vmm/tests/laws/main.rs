@@ -24,6 +24,7 @@ mod once;
 mod over;
 mod patch;
 mod rig;
+mod seeds;
 mod spy;
 mod step;
 mod stop_all;
@@ -64,6 +65,7 @@ fn all() -> Vec<Law> {
         landing::laws(),
         patch::laws(),
         lifecycle::laws(),
+        seeds::laws(),
         truth::laws(),
     ]
     .concat()

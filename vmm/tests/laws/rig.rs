@@ -283,6 +283,17 @@ impl Rig {
         write_all_physical(self.ram.mem(), addr, bytes)
     }
 
+    /// The guest on this CPU has a paravirtual clock (kvmclock) at this address. The CPU must be parked.
+    pub(crate) fn give_clock(&self, cpu: usize, gpa: u64) {
+        const KVM_SET_MSRS: libc::c_ulong = 0x4008_ae89;
+        const MSR_KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
+        let entry = kvm_msr_entry { index: MSR_KVM_SYSTEM_TIME_NEW, data: gpa | 1, ..Default::default() };
+        let msrs = Msrs::from_entries(&[entry]).unwrap();
+        // SAFETY: the ioctl reads the header and the one entry that it announces; a bad descriptor is an error.
+        let set = unsafe { libc::ioctl(self.raw[cpu], KVM_SET_MSRS, msrs.as_fam_struct_ptr()) };
+        assert_eq!(set, 1, "KVM has no kvmclock");
+    }
+
     /// A field of a CPU's block.
     pub(crate) fn field(&self, cpu: u32, field: u64) -> u64 {
         self.word(fixture::cpu_address(cpu, field).unwrap())

@@ -23,6 +23,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(c5_all_are_parked_when_a_stop_is_told, Kick),
         law!(c5_sixty_four_vcpus_stop_and_are_told_of, Kick),
         law!(c6_who_goes_on_is_told_that_time_was_stolen, Kick),
+        law!(c6_a_guest_with_a_clock_sees_that_it_was_stopped, Kick),
         law!(c7_registers_are_written_before_the_guest_goes_on, Kick),
         law!(c8_a_stop_changes_nothing_in_the_guest, Kick),
         law!(c8_scheduler_locking_keeps_the_others_parked, Kick),
@@ -270,6 +271,23 @@ fn c6_who_goes_on_is_told_that_time_was_stolen() {
     // A guest that is stepped while it reads the clock would see a new version at each step.
     rig.step();
     assert_eq!(rig.spies[0].look(|notes| notes.resumed), 0);
+}
+
+/// The guest's watchdog forgives a stop by this flag of its paravirtual clock.
+fn c6_a_guest_with_a_clock_sees_that_it_was_stopped() {
+    const FLAGS: u64 = 29;
+    const GUEST_STOPPED: u64 = 1 << 1;
+    let mut rig = Rig::one("hotmem");
+    rig.give_clock(0, fixture::WATCH);
+    for round in 0..5 {
+        let before = rig.field(0, cpu_field::HITS);
+        assert_eq!(rig.go(), None);
+        wait_for("it to run", || (rig.field(0, cpu_field::HITS) > before).then_some(()));
+        rig.interrupt();
+        assert_ne!(rig.word(fixture::WATCH + FLAGS) & GUEST_STOPPED, 0, "round {round}");
+        // As the guest's watchdog does, once it has seen it.
+        assert!(rig.write_memory(fixture::WATCH + FLAGS, &[0]));
+    }
 }
 
 fn c7_registers_are_written_before_the_guest_goes_on() {

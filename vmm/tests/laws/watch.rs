@@ -42,6 +42,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l66_memory_and_registers_are_as_without_us),
         law!(l66_what_is_removed_leaves_no_page_read_only),
         law!(l66_a_change_that_fails_leaves_no_page_read_only),
+        law!(l66_a_removal_that_fails_leaves_its_page_watched),
         law!(l66_page_tables_can_be_watched, WatchedTables),
         law!(l66_page_tables_that_stop_the_guest_are_said_and_it_goes_on_without_the_watch, StuckTables),
         law!(l66_a_store_that_kvm_cannot_hand_over_is_said_and_goes_on_without_the_watch),
@@ -508,6 +509,19 @@ fn l66_a_change_that_fails_leaves_no_page_read_only() {
     assert!(matches!(rig.set(hole).unwrap_err(), BreakpointError::NotMapped { .. }));
     assert_eq!(rig.run_first(RunMode::Continue), StopReason::GuestExit(0));
     assert_eq!(rig.spies[0].look(|notes| notes.stored), 0);
+}
+
+/// A vCPU cannot follow the removal of a watch: it is still in force, and so must its page be.
+fn l66_a_removal_that_fails_leaves_its_page_watched() {
+    let mut rig = rig("watch_sweep", By::Pages);
+    let watch = write(8, 8);
+    rig.set(watch).unwrap();
+    rig.spies[0].refuse(1);
+    let error = rig.clear(watch).unwrap_err();
+    assert!(matches!(error, BreakpointError::Apply(_)), "{error}");
+    assert_eq!(stored_of(&rig.run_first(RunMode::Continue)).addr, watch.addr);
+    rig.clear(watch).unwrap();
+    assert_eq!(rig.run_first(RunMode::Continue), StopReason::GuestExit(0));
 }
 
 /// The guest digs a hole by clearing a bit of a watched page table entry, and fills it in its #PF handler.
