@@ -6,7 +6,7 @@ use trapline_vmm::vcpu::Activity;
 
 use crate::clock::wait_for;
 use crate::landing::step_to;
-use crate::lane::Need::{Kick, StepInRing3, Syscall};
+use crate::lane::Need::{Kick, StepInRing3, StepsOverExits, Syscall};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, name, send_nmi};
 
@@ -32,20 +32,21 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l49_step_over_rep_ends_behind_it),
         law!(l49_step_over_a_long_rep_ends_behind_it),
         law!(l49_step_over_call_lands_in_the_function),
-        law!(l50_step_over_out_in_ring_3, StepInRing3),
+        law!(l50_step_over_out_in_ring_3, StepInRing3, StepsOverExits),
         law!(l51_an_nmi_under_a_breakpoint_is_no_stop, Kick),
         law!(l52_a_stepped_sti_hlt_is_still_woken),
         law!(l53_a_jump_to_itself_is_a_step),
         law!(step_ranges_end_where_the_range_ends),
         law!(l37_a_step_off_a_breakpoint_leaves_it_armed_for_the_others, Kick),
     ];
-    for plain in
-        ["pushf", "popf", "cli", "cpuid", "rdmsr", "wrmsr", "read_dr", "write_dr", "write_cr3", "rdtsc", "pause"]
-    {
+    for plain in ["pushf", "popf", "cli", "rdtsc", "pause"] {
         laws.push(Law::of("l49_step_over_", plain, &[], step_over));
     }
+    for exits in ["cpuid", "rdmsr", "wrmsr", "read_dr", "write_dr", "write_cr3"] {
+        laws.push(Law::of("l49_step_over_", exits, &[StepsOverExits], step_over));
+    }
     for access in ["out", "in", "outs", "ins", "mmio_write", "mmio_read"] {
-        laws.push(Law::of("l50_step_over_", access, &[], step_over));
+        laws.push(Law::of("l50_step_over_", access, &[StepsOverExits], step_over));
     }
     laws
 }
