@@ -49,6 +49,11 @@ const CR4_CET: u64 = 1 << 23;
 /// Most bytes of one instruction.
 const MAX_INSTRUCTION: usize = 15;
 
+/// Guest debugging with nothing armed. It is never off: with it off, KVM leaves the debug registers to the guest
+/// at the first access, from before the next entry on. If the vCPU is kicked in between and armed, the guest
+/// reads our registers as its own, and KVM takes them for the guest's (seen with kvm_amd of Linux 6.1).
+const QUIET: u32 = KVM_GUESTDBG_ENABLE;
+
 /// A hook that tests use to make the arming of a vCPU fail.
 pub type ArmHook = Arc<dyn Fn(&Arming) -> io::Result<()> + Send + Sync>;
 
@@ -294,6 +299,9 @@ impl KvmCpu {
 impl Cpu for KvmCpu {
     fn begin(&mut self) {
         kick::receive(self.fd.get_kvm_run());
+        if let Err(error) = self.fd.set_guest_debug(&kvm_guest_debug { control: QUIET, ..Default::default() }) {
+            tracing::warn!(%error, "guest debugging cannot be switched on");
+        }
     }
 
     fn clear_kick(&mut self) {
@@ -321,23 +329,23 @@ impl Cpu for KvmCpu {
             return Ok(());
         }
         self.told = None;
-        let mut control = 0;
+        let mut control = QUIET;
         let has_slots = arming.dr7 != crate::debug::Dr7::NONE;
         // With either of these flags every #DB of the guest's own exits to us, so they are set
         // only while they are needed (law 5).
         if has_slots {
-            control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
+            control |= KVM_GUESTDBG_USE_HW_BP;
         }
         if arming.step {
-            control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
+            control |= KVM_GUESTDBG_SINGLESTEP;
         }
         if arming.int3 {
-            control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_SW_BP;
+            control |= KVM_GUESTDBG_USE_SW_BP;
         }
         if arming.step && arming.block_irq {
             control |= KVM_GUESTDBG_BLOCKIRQ;
         }
-        self.fd.want(control != 0);
+        self.fd.want(control != QUIET);
         let mut arch = kvm_guest_debug_arch::default();
         arch.debugreg[..4].copy_from_slice(&arming.addresses);
         // Where it works, every access of the guest's to its own debug registers exits (law 31).
