@@ -57,7 +57,7 @@ lane_failed() {
     local panic
     keep_log=yes
     tail -n 20 "$log.emulator" "$log" >&2 || true
-    panic=$(grep -a -m 1 -o 'Kernel panic.*' "$log" || true)
+    panic=$(grep -a -h -m 1 -o -e 'Kernel panic.*' -e 'Triple fault' "$log" "$log".resets 2>/dev/null | head -n 1 || true)
     die 125 "$why${panic:+ ($panic)}; L1's log is $log"
 }
 
