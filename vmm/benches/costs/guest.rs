@@ -95,8 +95,8 @@ pub(crate) struct Bare {
     fd: VcpuFd,
     /// What each exit brings along, and each entry takes.
     registers: bool,
-    /// What is said to KVM before each entry.
-    debug: Option<kvm_guest_debug>,
+    /// What is said to KVM before the entries that make one, in turn; nothing at all before a single one.
+    said: Vec<kvm_guest_debug>,
     _machine: (VmFd, GuestRam),
 }
 
@@ -111,17 +111,18 @@ impl Bare {
     /// costs without us.
     pub(crate) fn with_breakpoint() -> Self {
         let bare = Self::of(Program::NOP).synced();
-        let mut debug = kvm_guest_debug { control: KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, ..Default::default() };
-        debug.arch.debugreg[0] = Program::NOP.place();
-        debug.arch.debugreg[7] = 0x402;
-        bare.fd.set_guest_debug(&debug).unwrap();
+        bare.fd.set_guest_debug(&slot(Program::NOP)).unwrap();
         bare
+    }
+
+    /// The same on a store, which is stepped over with the slot disarmed.
+    pub(crate) fn with_breakpoint_to_step() -> Self {
+        Bare { said: vec![slot(Program::STORE), step()], ..Self::of(Program::STORE) }
     }
 
     /// One that is stepped: what a step costs without us.
     pub(crate) fn with_steps() -> Self {
-        let control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ;
-        Bare { debug: Some(kvm_guest_debug { control, ..Default::default() }), ..Self::of(Program::MEMORY) }
+        Bare { said: vec![step()], ..Self::of(Program::MEMORY) }
     }
 
     fn synced(mut self) -> Self {
@@ -147,31 +148,50 @@ impl Bare {
 
     fn of(program: Program) -> Self {
         let (vm, ram, fds) = machine(&[program], RING_0);
-        Bare { fd: fds.into_iter().next().unwrap(), registers: false, debug: None, _machine: (vm, ram) }
+        Bare { fd: fds.into_iter().next().unwrap(), registers: false, said: Vec::new(), _machine: (vm, ram) }
     }
 
-    /// Seconds of this thread's processor time for one exit.
+    /// Seconds of this thread's processor time for one.
     pub(crate) fn cost(&mut self, window: Duration) -> f64 {
-        let (began, started, mut exits) = (thread_time(), Instant::now(), 0u64);
+        let (began, started, mut times) = (thread_time(), Instant::now(), 0u64);
         while started.elapsed() < window {
             for _ in 0..100 {
-                if let Some(debug) = &self.debug {
-                    self.fd.set_guest_debug(debug).unwrap();
-                }
-                match self.fd.run() {
-                    Ok(VcpuExit::IoOut(..)) => {}
-                    Ok(VcpuExit::Debug(_)) if self.debug.is_some() => {}
-                    Ok(VcpuExit::Debug(_)) => self.fd.sync_regs_mut().regs.rip += 1,
-                    other => panic!("{other:?}"),
-                }
-                if self.registers {
-                    self.fd.set_sync_dirty_reg(SyncReg::Register);
+                for n in 0..self.said.len().max(1) {
+                    if let Some(debug) = self.said.get(n) {
+                        self.fd.set_guest_debug(debug).unwrap();
+                    }
+                    self.enter();
                 }
             }
-            exits += 100;
+            times += 100;
         }
-        (thread_time() - began).as_secs_f64() / exits as f64
+        (thread_time() - began).as_secs_f64() / times as f64
     }
+
+    fn enter(&mut self) {
+        match self.fd.run() {
+            Ok(VcpuExit::IoOut(..)) => {}
+            Ok(VcpuExit::Debug(_)) if !self.said.is_empty() => {}
+            Ok(VcpuExit::Debug(_)) => self.fd.sync_regs_mut().regs.rip += 1,
+            other => panic!("{other:?}"),
+        }
+        if self.registers {
+            self.fd.set_sync_dirty_reg(SyncReg::Register);
+        }
+    }
+}
+
+/// An execution slot on the program's place.
+fn slot(program: Program) -> kvm_guest_debug {
+    let mut debug = kvm_guest_debug { control: KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, ..Default::default() };
+    debug.arch.debugreg[0] = program.place();
+    debug.arch.debugreg[7] = 0x402;
+    debug
+}
+
+fn step() -> kvm_guest_debug {
+    let control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ;
+    kvm_guest_debug { control, ..Default::default() }
 }
 
 /// A machine under the coordinator.

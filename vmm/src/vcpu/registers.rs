@@ -4,6 +4,8 @@
 //! want. Everything here is the guest's own truth: TF is the guest's, DR0-7 are the guest's
 //! (law 30), never what the debugger armed.
 
+use iced_x86::Register;
+
 /// A segment register with its hidden part (SDM vol. 3, 3.4.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Segment {
@@ -123,4 +125,31 @@ pub enum Activity {
     WaitForSipi,
     /// KVM reports a state that this VMM does not know.
     Other(u32),
+}
+
+/// What a register adds to an address: its value, or the base of a segment.
+pub(crate) fn operand(r: &Registers, register: Register) -> Option<u64> {
+    let value = match register.full_register() {
+        Register::RAX => r.rax,
+        Register::RBX => r.rbx,
+        Register::RCX => r.rcx,
+        Register::RDX => r.rdx,
+        Register::RSI => r.rsi,
+        Register::RDI => r.rdi,
+        Register::RBP => r.rbp,
+        Register::RSP => r.rsp,
+        Register::R8 => r.r8,
+        Register::R9 => r.r9,
+        Register::R10 => r.r10,
+        Register::R11 => r.r11,
+        Register::R12 => r.r12,
+        Register::R13 => r.r13,
+        Register::R14 => r.r14,
+        Register::R15 => r.r15,
+        Register::FS => r.fs.base,
+        Register::GS => r.gs.base,
+        Register::CS | Register::SS | Register::DS | Register::ES => 0,
+        _ => return None,
+    };
+    Some(if register.is_gpr32() { value & u64::from(u32::MAX) } else { value })
 }

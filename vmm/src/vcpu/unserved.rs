@@ -10,9 +10,10 @@
 //! to them. The vCPU kicks itself now and then, and if it never gets on while KVM's count of
 //! such faults does, it is stuck.
 
-use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory, OpAccess, Register};
+use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory, OpAccess};
 
 use super::cpu::Cpu;
+use super::registers::operand;
 use super::{Registers, thread::VcpuThread};
 use crate::debug::{Breakpoint, Crash, StopReason};
 use crate::limits::PAGE_SIZE;
@@ -139,7 +140,7 @@ impl<C: Cpu> VcpuThread<C> {
         let memory = factory.info(&instruction).used_memory().iter();
         memory
             .filter_map(|used| {
-                let addr = used.virtual_address(0, |register, _, _| value(registers, register))?;
+                let addr = used.virtual_address(0, |register, _, _| operand(registers, register))?;
                 Some((addr, (used.memory_size().size() as u64).max(1), used.access()))
             })
             .collect()
@@ -165,33 +166,6 @@ impl<C: Cpu> VcpuThread<C> {
             self.watching(page)
         })
     }
-}
-
-/// What a register adds to an address: its value, or the base of a segment.
-fn value(r: &Registers, register: Register) -> Option<u64> {
-    let value = match register.full_register() {
-        Register::RAX => r.rax,
-        Register::RBX => r.rbx,
-        Register::RCX => r.rcx,
-        Register::RDX => r.rdx,
-        Register::RSI => r.rsi,
-        Register::RDI => r.rdi,
-        Register::RBP => r.rbp,
-        Register::RSP => r.rsp,
-        Register::R8 => r.r8,
-        Register::R9 => r.r9,
-        Register::R10 => r.r10,
-        Register::R11 => r.r11,
-        Register::R12 => r.r12,
-        Register::R13 => r.r13,
-        Register::R14 => r.r14,
-        Register::R15 => r.r15,
-        Register::FS => r.fs.base,
-        Register::GS => r.gs.base,
-        Register::CS | Register::SS | Register::DS | Register::ES => 0,
-        _ => return None,
-    };
-    Some(if register.is_gpr32() { value & u64::from(u32::MAX) } else { value })
 }
 
 #[cfg(test)]

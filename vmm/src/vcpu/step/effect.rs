@@ -4,6 +4,7 @@ use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruc
 
 use super::plain::{Plain, plain};
 use crate::paging::Access;
+use crate::vcpu::registers::operand;
 use crate::vcpu::{Cpu, Registers};
 
 /// EFER.LMA.
@@ -126,31 +127,16 @@ pub(super) fn next(instruction: &Instruction, registers: Option<&Registers>) -> 
         }
         (FlowControl::IndirectBranch | FlowControl::IndirectCall, Some(registers)) => match instruction.code() {
             Code::Jmp_rm64 | Code::Call_rm64 if instruction.op0_kind() == OpKind::Register => {
-                value(registers, instruction.op0_register()).map(Next::At)
+                operand(registers, instruction.op0_register()).map(Next::At)
             }
             Code::Jmp_rm64 | Code::Call_rm64 => {
-                instruction.virtual_address(0, 0, |register, _, _| value(registers, register)).map(Next::StoredAt)
+                instruction.virtual_address(0, 0, |register, _, _| operand(registers, register)).map(Next::StoredAt)
             }
             _ => None,
         },
         _ => None,
     };
     known.unwrap_or(Next::Unknown)
-}
-
-/// Of a general register, or the base of a segment.
-pub(super) fn value(registers: &Registers, register: Register) -> Option<u64> {
-    let Registers { rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15, .. } = *registers;
-    match register {
-        Register::FS => Some(registers.fs.base),
-        Register::GS => Some(registers.gs.base),
-        _ if register.is_segment_register() => Some(0),
-        _ if register.is_gpr64() => {
-            let gprs = [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15];
-            gprs.get(register.number()).copied()
-        }
-        _ => None,
-    }
 }
 
 fn kind(instruction: &Instruction, cpl: u8) -> Kind {

@@ -9,8 +9,9 @@ use iced_x86::{
     OpAccess, OpKind,
 };
 
-use super::effect::{Next, value};
+use super::effect::Next;
 use crate::paging::Access;
+use crate::vcpu::registers::operand;
 use crate::vcpu::{Cpu, Registers};
 
 const RFLAGS_AC: u64 = 1 << 18;
@@ -56,7 +57,7 @@ pub(super) fn plain(instruction: &Instruction, next: Next, registers: &Registers
         if memory.memory_size() == MemorySize::Unknown {
             return None;
         }
-        let addr = memory.virtual_address(0, |register, _, _| value(registers, register))?;
+        let addr = memory.virtual_address(0, |register, _, _| operand(registers, register))?;
         *free.next()? = Some((addr, memory.memory_size().size(), access));
     }
     Some(accesses)
