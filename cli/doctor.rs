@@ -256,12 +256,13 @@ fn by_kvm(step: Step) -> &'static str {
     if matches!(step, Step::Exact | Step::ExtraExits) { "KVM" } else { NOT_SERVED }
 }
 
-/// Ring 3 may have another way than ring 0, for some instructions.
 fn by_kvm_in_user_code(host: &Capabilities) -> &'static str {
-    match by_kvm(host.seen.ss_cpl3) {
-        NOT_SERVED if matches!(host.seen.ss_cpl3_shadow, Step::Exact) => "KVM, in part",
-        served => served,
-    }
+    if steps_user_code_in_part(host) { "KVM, in part" } else { by_kvm(host.seen.ss_cpl3) }
+}
+
+/// Ring 3 may have another way than ring 0, for some instructions.
+fn steps_user_code_in_part(host: &Capabilities) -> bool {
+    by_kvm(host.seen.ss_cpl3) == NOT_SERVED && matches!(host.seen.ss_cpl3_shadow, Step::Exact)
 }
 
 fn by_block_irq(block: BlockIrq) -> &'static str {
@@ -405,7 +406,7 @@ fn notes(host: &Capabilities) -> Vec<String> {
         }
     };
     note(
-        by_kvm_in_user_code(host) == "KVM, in part",
+        steps_user_code_in_part(host),
         "User code is stepped over instructions that KVM can emulate; a step of others is refused, with a reason.",
     );
     note(

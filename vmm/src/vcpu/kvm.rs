@@ -230,8 +230,7 @@ impl KvmCpu {
     }
 
     fn paging(&self) -> io::Result<Paging> {
-        let sregs = self.fd.get_sregs()?;
-        Ok(Paging { cr0: sregs.cr0, cr3: sregs.cr3, cr4: sregs.cr4, efer: sregs.efer })
+        Ok(paging_of(&self.fd.get_sregs()?))
     }
 
     /// Adds `flags` to one call that arms nothing; the caller arms again.
@@ -435,8 +434,7 @@ impl Cpu for KvmCpu {
 
     fn may_access(&mut self, addr: u64, len: usize, access: Access) -> bool {
         let Ok(sregs) = self.fd.get_sregs() else { return false };
-        let paging = Paging { cr0: sregs.cr0, cr3: sregs.cr3, cr4: sregs.cr4, efer: sregs.efer };
-        paging.may_access(self.ram.mem(), addr, len, sregs.cs.dpl == 3, access)
+        paging_of(&sregs).may_access(self.ram.mem(), addr, len, sregs.cs.dpl == 3, access)
     }
 
     fn read_physical(&mut self, gpa: u64, into: &mut [u8]) -> usize {
@@ -574,7 +572,7 @@ impl Cpu for KvmCpu {
             return Ok(None);
         }
         let regs = self.fd.get_regs()?;
-        let paging = Paging { cr0: sregs.cr0, cr3: sregs.cr3, cr4: sregs.cr4, efer: sregs.efer };
+        let paging = paging_of(&sregs);
         let mut code = [0; MAX_INSTRUCTION];
         let fetched = paging.fetch(self.ram.mem(), regs.rip, sregs.ss.dpl == 3, &mut code);
         Ok(Some(Standing { general: to_general(&regs), wide: paging.is_wide(), code, fetched }))
@@ -626,6 +624,10 @@ impl Drop for KvmCpu {
         // The page goes away with the file descriptor; dropped on its own thread, where it began.
         kick::receive(ptr::null_mut());
     }
+}
+
+fn paging_of(sregs: &kvm_sregs) -> Paging {
+    Paging { cr0: sregs.cr0, cr3: sregs.cr3, cr4: sregs.cr4, efer: sregs.efer }
 }
 
 fn served(event: Option<DeviceEvent>) -> Exit {

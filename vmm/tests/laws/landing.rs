@@ -117,6 +117,11 @@ fn l42_a_breakpoint_that_faults_and_is_left_for_good_is_told_again() {
     let mut rig = Rig::one("fault_pf_loop");
     let bp = Breakpoint::exec(at("f_pf_loop"));
     rig.set(bp).unwrap();
+    is_left_for_good_and_told_again(rig, bp);
+}
+
+/// With `bp` at the first instruction of `fault_pf_loop`, by whatever serves it.
+pub(crate) fn is_left_for_good_and_told_again(mut rig: Rig, bp: Breakpoint) {
     assert_eq!(rig.run_first(RunMode::Continue), StopReason::Breakpoint(bp));
     // Into the handler, and from there past the instruction.
     assert_eq!(name(rig.step()), name(at("fx_vector_14")));

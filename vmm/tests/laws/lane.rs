@@ -47,8 +47,6 @@ pub(crate) enum Need {
     StuckTables,
     /// The probe's answers on this KVM are recorded.
     Record,
-    /// The debug core does not do this yet on these flavours of KVM (issue 3).
-    Issue3On(&'static [Flavour]),
 }
 
 /// The kernel module behind /dev/kvm.
@@ -88,7 +86,6 @@ impl Need {
             Need::WatchedTables => (flavour() == Some(Flavour::Pvm), "page tables cannot be watched"),
             Need::StuckTables => (flavour() == Some(Flavour::Amd), "no nested paging, or no kick"),
             Need::Record => (crate::doctor::record().is_some(), "no record of this KVM"),
-            Need::Issue3On(flavours) => (!flavour().is_some_and(|here| flavours.contains(&here)), "issue 3"),
         };
         (!there).then_some(missing)
     }

@@ -13,6 +13,7 @@ use trapline_vmm::vcpu::Exit;
 
 use crate::booted::Booted;
 use crate::clock::wait_for;
+use crate::landing::is_left_for_good_and_told_again;
 use crate::lane::Need::{Kick, Patches};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, hit, name, send_nmi};
@@ -517,17 +518,7 @@ fn l42_a_patch_on_an_instruction_that_faults() {
 fn l42_a_patch_that_faults_and_is_left_for_good_is_told_again() {
     let mut rig = patching(&[Begin::Ring0("fault_pf_loop")]);
     let bp = patch(&mut rig, at("f_pf_loop"));
-    assert_eq!(rig.run_first(RunMode::Continue), StopReason::Breakpoint(bp));
-    assert_eq!(name(rig.step()), name(at("fx_vector_14")));
-    let mut registers = rig.registers(0);
-    registers.rip = at("f_pf_loop_next");
-    // Behind the error code, RIP, CS and RFLAGS.
-    registers.rsp = rig.word(registers.rsp + 32);
-    rig.coordinator.set_registers(VcpuId(0), &registers).unwrap();
-    for hits in 1..5 {
-        assert_eq!(rig.run_first(RunMode::Continue), StopReason::Breakpoint(bp));
-        assert_eq!(rig.field(0, cpu_field::HITS), hits);
-    }
+    is_left_for_good_and_told_again(rig, bp);
 }
 
 fn l59_set_and_removed_1000_times_under_fire() {

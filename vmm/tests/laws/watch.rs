@@ -13,10 +13,7 @@ use trapline_vmm::limits::PAGE_SIZE;
 
 use crate::booted::Booted;
 use crate::clock::wait_for;
-use crate::lane::Flavour::Intel;
-use crate::lane::Need::{
-    DataWatch, Issue3On, Kick, RealModeSlots, SeveralHits, StepsOverExits, StuckTables, WatchedTables,
-};
+use crate::lane::Need::{DataWatch, Kick, RealModeSlots, SeveralHits, StepsOverExits, StuckTables, WatchedTables};
 use crate::law::{Law, law};
 use crate::rig::{Begin, Rig, at, name};
 
@@ -46,7 +43,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l66_page_tables_can_be_watched, WatchedTables),
         law!(l66_page_tables_that_stop_the_guest_are_said_and_it_goes_on_without_the_watch, StuckTables),
         law!(l66_a_store_that_kvm_cannot_hand_over_is_said_and_goes_on_without_the_watch),
-        law!(l66_a_frame_that_kvm_cannot_hand_over_is_said, Issue3On(&[Intel])),
+        law!(l66_a_frame_that_kvm_cannot_hand_over_is_said),
         law!(l66_a_frame_that_stops_the_guest_is_said_and_it_goes_on_without_the_watch, StuckTables),
         law!(l66_stores_beside_are_done_and_nobody_is_told, Kick),
         law!(l66_every_store_of_every_vcpu_is_told_exactly_once, Kick),

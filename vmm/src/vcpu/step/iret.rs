@@ -91,7 +91,7 @@ fn sysret(before: &Registers) -> Option<Registers> {
 }
 
 /// Canonical with 48 bits, and so with 57 too.
-fn is_canonical(addr: u64) -> bool {
+pub(super) fn is_canonical(addr: u64) -> bool {
     (addr << 16).cast_signed() >> 16 == addr.cast_signed()
 }
 

@@ -10,6 +10,7 @@ use iced_x86::{
 };
 
 use super::effect::Next;
+use super::iret::is_canonical;
 use crate::paging::Access;
 use crate::vcpu::registers::operand;
 use crate::vcpu::{Cpu, Registers};
@@ -130,11 +131,6 @@ fn is_setcc_or_cmovcc(instruction: &Instruction) -> bool {
     instruction.condition_code() != iced_x86::ConditionCode::None
         && instruction.flow_control() == FlowControl::Next
         && !instruction.is_string_instruction()
-}
-
-/// With 48 bits, and so with 57 too.
-fn is_canonical(addr: u64) -> bool {
-    (addr << 16).cast_signed() >> 16 == addr.cast_signed()
 }
 
 #[cfg(test)]
