@@ -292,8 +292,14 @@ impl Vm {
     /// Reads linear memory as `vcpu` sees it, without breakpoints (law 55); how many bytes could be read.
     pub fn read_memory(&mut self, vcpu: VcpuId, addr: u64, into: &mut [u8]) -> Result<usize, CoordinatorError> {
         let paging = Paging::from(&self.registers(vcpu)?);
+        Ok(self.read_linear(&paging, addr, into))
+    }
+
+    /// Reads linear memory through page tables that are known already, without breakpoints; how many bytes could be read.
+    /// It waits for nobody.
+    pub fn read_linear(&self, paging: &Paging, addr: u64, into: &mut [u8]) -> usize {
         let image = self.coordinator.image();
-        Ok(paging.read_shown(self.ram.mem(), addr, into, |gpa, bytes| image.hide_patches(gpa, bytes)))
+        paging.read_shown(self.ram.mem(), addr, into, |gpa, bytes| image.hide_patches(gpa, bytes))
     }
 
     /// Writes linear memory as `vcpu` sees it; whether all of it was there. If not, nothing was written.
