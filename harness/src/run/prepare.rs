@@ -365,7 +365,7 @@ impl Run {
             memory: self.memory,
             timeout_ms: self.timeout.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
             symbols: self.symbols.iter().map(|path| path.display().to_string()).collect(),
-            kvm: probe::capabilities().map(|host| host.flavour().to_owned()).unwrap_or_default(),
+            kvm: probe::capabilities().map(|host| host.host.module).unwrap_or_default(),
         }
     }
 }

@@ -10,16 +10,17 @@
 //! Whoever owns the VM and its event loop calls [`Supervisor::stopped`] for every stop and
 //! [`Supervisor::ready`] when [`Supervisor::fd`] is readable, and does what they say.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
 use trapline_vmm::Vm;
 use trapline_vmm::coordinator::CoordinatorError;
-use trapline_vmm::debug::{Breakpoint, BreakpointError, Handler, Owner, Stop, StopReason, VcpuId};
+use trapline_vmm::debug::{Breakpoint, BreakpointError, Crash, Handler, Stop, StopReason, VcpuId};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::look::{self, Moment, Seen, micros};
@@ -27,7 +28,10 @@ use super::modules::Modules;
 use super::plan::{By, OWNER, Plan, Planned};
 use super::trap::{self, Callback, Counted, Counters, Fired, LOG_ROOM, Point, Trap};
 use super::watchdog::Watchdog;
-use crate::report::{Change, HitRecord, HitTiming, StopRecord};
+use super::{Outputs, RunError};
+use crate::Verdict;
+use crate::console::{ConsoleEvent, ConsoleHandle};
+use crate::report::{Change, FrameRecord, HitRecord, HitTiming, Input, StopRecord, TargetRecord};
 use crate::rules::{Action, Rule};
 use crate::symbols::Symbols;
 
@@ -43,8 +47,6 @@ pub enum Next {
     Nothing,
     /// Let the guest go on.
     Go,
-    /// Save the state of the machine, which stands, and let it go on; the index of the trap that wants it.
-    Snapshot(usize),
     /// Let it stand for a debugger; the reason in words.
     Hold(String),
     /// The run has come to its end by a trap. The guest stands.
@@ -62,26 +64,6 @@ pub struct Ended {
     pub stop: Option<Box<StopRecord>>,
 }
 
-/// Why traps could not be armed.
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// This host cannot serve them, or they want more than there is.
-    #[error("{0}")]
-    Arm(#[from] BreakpointError),
-    /// A vCPU failed.
-    #[error(transparent)]
-    Coordinator(#[from] CoordinatorError),
-    /// A rule's condition does not fit the guest as it runs.
-    #[error("{0}")]
-    Rule(String),
-    /// Where the kernel is cannot be found out.
-    #[error("{0}")]
-    Kaslr(String),
-    /// Files, timers.
-    #[error("{0}")]
-    Host(#[from] io::Error),
-}
-
 /// How far the arming has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -90,39 +72,61 @@ enum Stage {
     Armed,
 }
 
+/// What a supervisor is made of.
+pub(crate) struct Setup {
+    pub(crate) plan: Plan,
+    /// What serves each point of the plan, as the report has it.
+    pub(crate) records: Vec<Vec<TargetRecord>>,
+    pub(crate) callbacks: BTreeMap<usize, Callback>,
+    pub(crate) symbols: Symbols,
+    /// The kernel chooses its addresses itself (KASLR).
+    pub(crate) may_move: bool,
+    pub(crate) console: ConsoleHandle,
+    pub(crate) outputs: Outputs,
+    pub(crate) input: Input,
+    pub(crate) timeout: Option<Duration>,
+}
+
 /// Looks after one run.
 pub struct Supervisor {
     symbols: Symbols,
     plan: Vec<Planned>,
-    traps: Vec<Arc<Trap>>,
+    pub(super) traps: Vec<Arc<Trap>>,
+    pub(super) records: Vec<Vec<TargetRecord>>,
     fired: Arc<Fired>,
     logged: Receiver<Counted>,
     stage: Stage,
     may_move: bool,
     modules: Modules,
     /// What is armed, so that what is not wanted any more can be taken away.
-    armed: Vec<Breakpoint>,
+    armed: BTreeSet<Breakpoint>,
     timer: TimerFd,
     hangs: Option<(Watchdog, Duration)>,
+    pub(super) console: ConsoleHandle,
+    /// The traps that the console's patterns belong to, in their order.
+    patterns: Vec<usize>,
+    pub(super) outputs: Outputs,
+    pub(super) input: Input,
+    timeout: Option<Duration>,
     began: Instant,
     recent: VecDeque<HitRecord>,
     /// Logged hits that the events are to tell of.
     told: Vec<HitRecord>,
+    /// The line of the console that ended the run.
+    pub(super) console_line: Option<u64>,
+    /// The vCPU that the guest's end came on.
+    pub(super) ended_on: Option<VcpuId>,
+    /// The status that the guest gave.
+    pub(super) guest_status: Option<u32>,
 }
 
 impl Supervisor {
-    /// Arms what can be armed before the guest's first instruction. `may_move`: the kernel chooses its
-    /// addresses itself (KASLR).
+    /// Arms what can be armed before the guest's first instruction.
     ///
     /// # Errors
     /// What this host or these symbols cannot do.
-    pub fn new(
-        vm: &mut Vm,
-        plan: Plan,
-        callbacks: BTreeMap<usize, Callback>,
-        symbols: Symbols,
-        may_move: bool,
-    ) -> Result<Self, RunError> {
+    pub(crate) fn new(vm: &mut Vm, setup: Setup) -> Result<Self, RunError> {
+        let Setup { plan, records, callbacks, symbols, may_move, console, outputs, input, timeout } = setup;
         let (log, logged) = sync_channel(LOG_ROOM);
         let fired = Arc::new(Fired::default());
         let vcpus = vm.vcpus();
@@ -136,41 +140,67 @@ impl Supervisor {
                 fired: fired.clone(),
             })
         });
-        let shortest_hang = plan
-            .traps
-            .iter()
-            .flat_map(|trap| &trap.points)
-            .filter_map(|point| match point.by {
-                By::Hang(time) => Some(time),
+        let sources = || plan.traps.iter().enumerate().flat_map(|(n, trap)| trap.points.iter().map(move |p| (n, &p.by)));
+        let shortest_hang = sources()
+            .filter_map(|(_, by)| match by {
+                By::Hang(time) => Some(*time),
                 _ => None,
             })
             .min();
+        let patterns = sources().filter(|(_, by)| matches!(by, By::Console(_))).map(|(trap, _)| trap).collect();
         let mut supervisor = Self {
             traps: traps.collect(),
             modules: Modules::wanted(&plan.traps),
+            patterns,
             plan: plan.traps,
+            records,
             symbols,
             fired,
             logged,
             stage: Stage::Armed,
             may_move,
-            armed: Vec::new(),
+            armed: BTreeSet::new(),
             timer: TimerFd::new().map_err(io::Error::from)?,
             hangs: shortest_hang.map(|time| (Watchdog::new(vcpus), time)),
+            console,
+            outputs,
+            input,
+            timeout,
             began: Instant::now(),
             recent: VecDeque::new(),
             told: Vec::new(),
+            console_line: None,
+            ended_on: None,
+            guest_status: None,
         };
         supervisor.trap_ports(vm)?;
         supervisor.begin(vm)?;
         let tick = shortest_hang.map_or(TICK, |time| Watchdog::interval(time).min(TICK));
-        supervisor.timer.reset(tick, Some(tick)).map_err(io::Error::from)?;
+        if !supervisor.traps.is_empty() {
+            supervisor.timer.reset(tick, Some(tick)).map_err(io::Error::from)?;
+        }
         Ok(supervisor)
     }
 
+    /// The guest is about to execute its first instruction: times count from here.
+    pub fn begins(&mut self) {
+        self.began = Instant::now();
+        self.console.start(self.began);
+    }
+
+    /// When that was.
+    pub(super) fn began(&self) -> Instant {
+        self.began
+    }
+
+    /// How long the run may take.
+    pub fn timeout(&self) -> Option<Duration> {
+        self.timeout
+    }
+
     /// Readable when [`ready`](Self::ready) has something to do.
-    pub fn fd(&self) -> RawFd {
-        self.timer.as_raw_fd()
+    pub fn fds(&self) -> [RawFd; 2] {
+        [self.timer.as_raw_fd(), self.console.event().as_raw_fd()]
     }
 
     /// The guest's symbols, where they are by what is known of it now.
@@ -193,7 +223,7 @@ impl Supervisor {
         if !moves && !waits {
             match vm.set_traps(OWNER, requests.clone()) {
                 Ok(()) => {
-                    self.armed = requests.into_iter().map(|(request, _)| request).collect();
+                    self.armed = requests.iter().map(|(request, _)| *request).collect();
                     return Ok(());
                 }
                 // They need guest memory that is not mapped yet.
@@ -233,7 +263,7 @@ impl Supervisor {
             let Some(trap) = self.traps.get(index) else { continue };
             let condition = match &trap.rule.condition {
                 Some(condition) => {
-                    Some(condition.bind(&self.symbols).map_err(|error| RunError::Rule(error.to_string()))?)
+                    Some(condition.bind(&self.symbols).map_err(|error| RunError::Rules(vec![error]))?)
                 }
                 None => None,
             };
@@ -255,7 +285,7 @@ impl Supervisor {
                 let By::Port(port) = point.by else { continue };
                 let condition = match &trap.rule.condition {
                     Some(condition) => {
-                        Some(condition.bind(&self.symbols).map_err(|error| RunError::Rule(error.to_string()))?)
+                        Some(condition.bind(&self.symbols).map_err(|error| RunError::Rules(vec![error]))?)
                     }
                     None => None,
                 };
@@ -293,11 +323,11 @@ impl Supervisor {
     /// Arms everything that can be, in the place of what was armed.
     fn arm_all(&mut self, vm: &mut Vm) -> Result<(), RunError> {
         let mut requests = self.requests(vm)?;
-        requests.extend(self.modules.hooks(&self.symbols).map_err(RunError::Rule)?);
-        let wanted: Vec<Breakpoint> = requests.iter().map(|(request, _)| *request).collect();
-        let gone: Vec<Breakpoint> = self.armed.iter().filter(|old| !wanted.contains(old)).copied().collect();
+        requests.extend(self.modules.hooks(&self.symbols).map_err(RunError::Usage)?);
+        let wanted: BTreeSet<Breakpoint> = requests.iter().map(|(request, _)| *request).collect();
+        let gone: Vec<Breakpoint> = self.armed.difference(&wanted).copied().collect();
         vm.clear_traps(OWNER, &gone)?;
-        self.armed.retain(|old| !gone.contains(old));
+        self.armed.retain(|old| wanted.contains(old));
         vm.set_traps(OWNER, requests)?;
         self.armed = wanted;
         Ok(())
@@ -324,17 +354,50 @@ impl Supervisor {
                 let hits = self.fired.take(stop.vcpu);
                 self.act(vm, hits, true)
             }
-            _ => Ok(Next::Nothing),
+            reason => {
+                self.ended_on = Some(stop.vcpu);
+                if let StopReason::GuestExit(status) = reason {
+                    self.guest_status = Some(*status);
+                }
+                if let StopReason::Crash(Crash::TripleFault { .. }) = reason {
+                    self.count_triple_fault(stop.vcpu);
+                }
+                Ok(Next::Nothing)
+            }
         }
     }
 
-    /// The timer has fired: takes what was logged, looks whether every vCPU gets on.
+    /// Rules that wait for a triple fault have been hit; the run ends of itself.
+    fn count_triple_fault(&self, vcpu: VcpuId) {
+        let waits = |planned: &Planned| planned.points.iter().any(|point| point.by == By::TripleFault);
+        for (planned, trap) in self.plan.iter().zip(&self.traps) {
+            if waits(planned) {
+                trap.counters.count(vcpu);
+            }
+        }
+    }
+
+    /// How a run ends that a trap has ended.
+    pub fn verdict_of(&self, ended: &Ended) -> Verdict {
+        let exit_code = self.traps.get(ended.trap).map_or(3, |trap| trap.rule.exit_code());
+        Verdict::Trapped { trap: ended.trap, exit_code, reason: ended.reason.clone() }
+    }
+
+    /// One of [`fds`](Self::fds) is readable: takes what was logged, hears what the console said, looks
+    /// whether every vCPU gets on.
     ///
     /// # Errors
     /// As [`stopped`](Self::stopped).
-    pub fn ready(&mut self, vm: &mut Vm) -> Result<Next, RunError> {
+    pub fn ready(&mut self, vm: &mut Vm, fd: RawFd) -> Result<Next, RunError> {
+        if fd == self.console.event().as_raw_fd() {
+            let _ = self.console.event().read();
+            return self.hear(vm);
+        }
         let _ = self.timer.wait();
         self.take_logged();
+        if !self.patterns.is_empty() {
+            self.console.check_partial();
+        }
         if !vm.is_running() {
             return Ok(Next::Nothing);
         }
@@ -366,7 +429,7 @@ impl Supervisor {
         self.plan.get(trap).is_some_and(watches)
     }
 
-    fn record(&self, hit: &Counted, is_behind: bool, backtrace: Vec<crate::report::FrameRecord>) -> HitRecord {
+    fn record(&self, hit: &Counted, is_behind: bool, backtrace: Vec<FrameRecord>) -> HitRecord {
         let back = u64::from(is_behind);
         HitRecord {
             trap: hit.trap,
@@ -420,7 +483,10 @@ impl Supervisor {
                     Next::End(Ended { trap: hit.trap, reason, stop })
                 }
                 Action::Gdb => Next::Hold(reason),
-                Action::Snapshot => Next::Snapshot(hit.trap),
+                Action::Snapshot => {
+                    self.snapshot(vm, hit.trap);
+                    Next::Go
+                }
                 Action::Backtrace | Action::Log | Action::Ignore => Next::Go,
             };
             if gravity(&wanted) > gravity(&next) {
@@ -429,6 +495,33 @@ impl Supervisor {
         }
         if done {
             self.arm_all(vm)?;
+        }
+        Ok(next)
+    }
+
+    /// What the console has said since the last time.
+    fn hear(&mut self, vm: &mut Vm) -> Result<Next, RunError> {
+        let mut next = Next::Nothing;
+        for event in self.console.events() {
+            let ConsoleEvent::Matched { pattern, number, line } = event else { continue };
+            let Some((index, trap)) = self.patterns.get(pattern).and_then(|n| Some((*n, self.traps.get(*n)?.clone())))
+            else {
+                continue;
+            };
+            let hits_before = trap.counters.count(VcpuId(0));
+            if hits_before + 1 < trap.rule.count.unwrap_or(1)
+                || trap.rule.once && trap.counters.done.swap(true, Ordering::AcqRel)
+            {
+                continue;
+            }
+            let reason = format!("{}: the console says: {}", trap.rule.title(), line.text.trim());
+            if trap.rule.action == Action::Fail {
+                self.console_line = self.console_line.or(Some(number));
+            }
+            let wanted = self.stop_for(vm, index, None, hits_before, reason)?;
+            if gravity(&wanted) > gravity(&next) {
+                next = wanted;
+            }
         }
         Ok(next)
     }
@@ -446,7 +539,7 @@ impl Supervisor {
         let Some((time, vcpu)) = worst else { return Ok(None) };
         let wants = |planned: &Planned| planned.points.iter().any(|p| matches!(p.by, By::Hang(least) if least <= time));
         // Each rule hears of one hang once: it ends when the vCPU gets on.
-        let heard = |trap: &Trap| trap.counters.done.swap(true, std::sync::atomic::Ordering::AcqRel);
+        let heard = |trap: &Trap| trap.counters.done.swap(true, Ordering::AcqRel);
         let found = (0..self.plan.len()).find(|&n| wants(&self.plan[n]) && !heard(&self.traps[n]));
         Ok(found.map(|trap| (trap, vcpu, time)))
     }
@@ -469,6 +562,20 @@ impl Supervisor {
     ) -> Result<Next, RunError> {
         let Some(this) = self.traps.get(trap).cloned() else { return Ok(Next::Nothing) };
         let at = Instant::now();
+        if matches!(this.rule.action, Action::Log | Action::Ignore) {
+            if this.rule.action == Action::Log {
+                self.remember(HitRecord {
+                    trap,
+                    vcpu: vcpu.map_or(0, |vcpu| vcpu.0),
+                    at: reason,
+                    source: None,
+                    change: None,
+                    backtrace: Vec::new(),
+                    timing: HitTiming { at_us: micros(self.began, at), pc: 0, hits_before },
+                });
+            }
+            return Ok(Next::Nothing);
+        }
         let first = match vm.is_running() {
             true => {
                 let stop = vm.stop()?;
@@ -489,7 +596,10 @@ impl Supervisor {
                 Next::End(Ended { trap, reason, stop })
             }
             Action::Gdb => Next::Hold(reason),
-            Action::Snapshot => Next::Snapshot(trap),
+            Action::Snapshot => {
+                self.snapshot(vm, trap);
+                Next::Go
+            }
             Action::Backtrace | Action::Log | Action::Ignore => Next::Go,
         };
         Ok(if gravity(&first) > gravity(&next) { first } else { next })
@@ -529,7 +639,7 @@ impl Supervisor {
     fn modules_changed(&mut self, vm: &mut Vm, vcpu: VcpuId, hook: Breakpoint) -> Result<Next, RunError> {
         let registers = vm.registers(vcpu)?;
         self.learn_modules(vm, vcpu);
-        self.modules.changed(&self.plan, &self.symbols, hook, registers.rdi).map_err(RunError::Rule)?;
+        self.modules.changed(&self.plan, &self.symbols, hook, registers.rdi).map_err(RunError::Usage)?;
         self.arm_all(vm)?;
         Ok(Next::Go)
     }
@@ -540,9 +650,8 @@ fn gravity(next: &Next) -> u8 {
     match next {
         Next::Nothing => 0,
         Next::Go => 1,
-        Next::Snapshot(_) => 2,
-        Next::Hold(_) => 3,
-        Next::End(_) => 4,
+        Next::Hold(_) => 2,
+        Next::End(_) => 3,
     }
 }
 
