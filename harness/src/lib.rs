@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod report;
+pub mod unwind;
 mod verdict;
 
 pub use verdict::Verdict;
