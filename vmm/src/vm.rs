@@ -214,6 +214,11 @@ impl Vm {
         self.coordinator.resume(plan)
     }
 
+    /// How the guest was resumed last.
+    pub fn last_plan(&self) -> ResumePlan {
+        self.coordinator.last_plan()
+    }
+
     /// Looks for a stop, without waiting; the world is parked when there is one.
     pub fn poll(&mut self) -> Result<Option<Stop>, CoordinatorError> {
         // Emptied before the look, so that what comes later wakes the poller again.

@@ -1,8 +1,6 @@
 //! The end of a run: its verdict, its report, and every file of it.
 
 use std::collections::BTreeMap;
-use std::io::Write;
-use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use trapline_vmm::Vm;
@@ -11,7 +9,6 @@ use trapline_vmm::debug::VcpuId;
 use super::supervisor::Supervisor;
 use crate::Verdict;
 use crate::console::ConsoleHandle;
-use crate::files::{WriteError, write_atomically};
 use crate::report::{
     Outcome as TrapOutcome, Report, ReportTiming, SCHEMA, StopRecord, TestRecord, TestResult, TrapRecord, TrapTiming,
     VerdictRecord,

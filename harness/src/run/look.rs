@@ -10,7 +10,7 @@ use trapline_vmm::paging::Paging;
 use trapline_vmm::vcpu::{Activity, Registers};
 
 use crate::report::{Change, FrameRecord, Source, StopRecord, StopTiming, VcpuRecord};
-use crate::symbols::{Memory, Symbols};
+use crate::symbols::{Location, Memory, Symbols};
 use crate::unwind;
 
 /// Linear memory as one parked vCPU sees it, without breakpoints.
@@ -35,8 +35,17 @@ impl Memory for Seen<'_> {
 /// `symbol+0xoffset`, or the address.
 pub(crate) fn place(symbols: &Symbols, addr: u64) -> String {
     match symbols.locate(addr) {
-        Some(location) => location.to_string(),
+        Some(location) => name(&location),
         None => format!("{addr:#x}"),
+    }
+}
+
+/// `symbol+0xoffset`, with its module in front if it is in one.
+pub(crate) fn name(location: &Location) -> String {
+    let module = location.module.as_ref().map(|module| format!("{module}:")).unwrap_or_default();
+    match location.offset {
+        0 => format!("{module}{}", location.symbol),
+        offset => format!("{module}{}+{offset:#x}", location.symbol),
     }
 }
 
@@ -117,13 +126,13 @@ pub(crate) fn backtrace(
     registers: &Registers,
 ) -> Result<(Vec<FrameRecord>, Option<String>), CoordinatorError> {
     let seen = Seen::by(vm, vcpu)?;
-    let found = unwind::unwind(symbols, registers, &seen);
+    let found = symbols.unwind(registers, &seen);
     let ends = match &found.end {
         unwind::End::Complete | unwind::End::User => None,
         unwind::End::Lost(why) => Some((*why).to_owned()),
         unwind::End::TooDeep => Some("the stack is deeper than is looked".to_owned()),
     };
-    Ok((unwind::records(symbols, &found), ends))
+    Ok((super::shim::records(symbols, &found), ends))
 }
 
 fn by_name(r: &Registers) -> BTreeMap<String, u64> {

@@ -35,14 +35,17 @@ mod error;
 mod finish;
 mod look;
 mod modules;
+mod names;
 mod outputs;
 mod plan;
 mod prepare;
 mod returns;
+mod shim;
 mod supervisor;
 mod trap;
 mod watch_loop;
 mod watchdog;
+mod write;
 
 pub use error::RunError;
 pub use finish::Outcome;

@@ -8,7 +8,7 @@ use trapline_vmm::limits::PAGE_SIZE;
 
 use super::returns;
 use crate::report::TargetRecord;
-use crate::rules::{Name, Names, Pattern, Place, Rule, RuleError, Target, What};
+use crate::rules::{Name, Pattern, Place, Rule, RuleError, Target, What};
 use crate::symbols::{LookupError, Symbols};
 
 /// Who holds the breakpoints of the rules.
@@ -188,6 +188,7 @@ fn points(rule: &Rule, symbols: &Symbols) -> Result<Vec<PlannedPoint>, RuleError
         What::Return(name) => return_sites(name, symbols).map_err(refuse),
         What::Write(target) => watch(target, Trigger::Write, symbols).map_err(refuse),
         What::Access(target) => watch(target, Trigger::Access, symbols).map_err(refuse),
+        What::Alias(alias) => Err(rule.refuse(format!("{alias}: not yet"))),
         What::TripleFault => vmm("triple fault".to_owned(), By::TripleFault),
         What::Hang(time) => vmm(format!("a vCPU without progress for {time:?}"), By::Hang(*time)),
         What::Console(pattern) => vmm("console".to_owned(), By::Console(pattern.clone())),
@@ -264,7 +265,7 @@ pub(crate) fn watch(target: &Target, on: Trigger, symbols: &Symbols) -> Result<V
     let (address, size, moves) = match &target.place {
         Place::Address(_) => (0, 0, false),
         Place::Symbol { name, .. } => match symbols.variable(&name.to_string()) {
-            Ok(variable) => (variable.address, variable.len, true),
+            Ok(variable) => (variable.address, variable.size, true),
             Err(error) => return later(name, &error).ok_or_else(|| error.to_string()),
         },
     };

@@ -5,6 +5,7 @@
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 
+use super::look;
 use crate::symbols::{Symbol, Symbols};
 
 /// Most bytes of a function that are looked at.
@@ -22,12 +23,13 @@ pub(crate) fn sites(symbols: &Symbols, function: &Symbol) -> Result<Vec<u64>, St
         return Err(unknown("its size is not known; trap a place in it with exec:NAME+OFFSET"));
     }
     let code = symbols
-        .code(function.address, len)
+        .linked_bytes(function.address)
+        .and_then(|code| code.get(..usize::try_from(len).ok()?))
         .ok_or_else(|| unknown("there is no code of it at hand; give --symbols vmlinux"))?;
     let inside = function.address..function.address + len;
     let thunks: Vec<u64> = symbols.functions("__x86_return_thunk").into_iter().flatten().map(|s| s.address).collect();
     let mut sites = Vec::new();
-    let mut decoder = Decoder::with_ip(64, &code, function.address, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(64, code, function.address, DecoderOptions::NONE);
     let mut instruction = Instruction::default();
     while decoder.can_decode() {
         decoder.decode_out(&mut instruction);
@@ -41,7 +43,7 @@ pub(crate) fn sites(symbols: &Symbols, function: &Symbol) -> Result<Vec<u64>, St
                 if thunks.contains(&to) {
                     sites.push(at);
                 } else if !inside.contains(&to) && !is_its_own(symbols, name, to) {
-                    let there = symbols.locate(to).map_or_else(|| format!("{to:#x}"), |to| to.to_string());
+                    let there = symbols.locate(to).map_or_else(|| format!("{to:#x}"), |to| look::name(&to));
                     return Err(format!(
                         "`{name}` ends at +{:#x} by jumping to `{there}`, which returns for it: trap ret:{there} as well, \
                          or exec:{name}",

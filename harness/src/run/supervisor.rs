@@ -2,8 +2,9 @@
 //! how it goes on.
 //!
 //! ```text
-//!  before the first instruction ── all that needs no guest memory ──► slots
-//!  the kernel's first instructions at its own addresses ── slide known, code mapped ──► everything else
+//!  before the first instruction ── where all of it fits into the slots ──► everything
+//!  the kernel's first instructions at its own addresses ── slide known, memory mapped ──► slots, protected pages
+//!  rest_init: it patches its own code no more (ENDBR, alternatives) ──► software breakpoints, too
 //!  a module is there ──► what waits for it
 //! ```
 //!
@@ -20,12 +21,12 @@ use std::time::{Duration, Instant};
 
 use trapline_vmm::Vm;
 use trapline_vmm::coordinator::CoordinatorError;
-use trapline_vmm::debug::{Breakpoint, BreakpointError, Crash, Handler, Stop, StopReason, VcpuId};
+use trapline_vmm::debug::{Breakpoint, BreakpointError, Crash, Handler, Mechanism, SLOTS, Stop, StopReason, VcpuId};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::look::{self, Moment, Seen, micros};
 use super::modules::Modules;
-use super::plan::{By, OWNER, Plan, Planned};
+use super::plan::{self, By, OWNER, Plan, Planned};
 use super::trap::{self, Callback, Counted, Counters, Fired, LOG_ROOM, Point, Trap};
 use super::watchdog::Watchdog;
 use super::{Outputs, RunError};
@@ -69,8 +70,17 @@ pub struct Ended {
 enum Stage {
     /// Some or all traps wait for the kernel to be at its addresses.
     BeforeKernel,
+    /// Software breakpoints wait until the kernel has patched its own code. It looks at what it patches, and would find them
+    /// there.
+    BeforePatches {
+        /// The breakpoint at which that is over.
+        over_at: Breakpoint,
+    },
     Armed,
 }
+
+/// All of a Linux kernel's code is as it will be when one of these runs, and hardly anything has happened yet.
+const CODE_IS_DONE: [&str; 2] = ["rest_init", "kernel_init"];
 
 /// What a supervisor is made of.
 pub(crate) struct Setup {
@@ -261,6 +271,9 @@ impl Supervisor {
         let points: Vec<(usize, Breakpoint)> = self.points().map(moved).chain(self.modules.points()).collect();
         for (index, request) in points {
             let Some(trap) = self.traps.get(index) else { continue };
+            if trap.rule.once && trap.counters.done.load(Ordering::Acquire) {
+                continue;
+            }
             let condition = match &trap.rule.condition {
                 Some(condition) => {
                     Some(condition.bind(&self.symbols).map_err(|error| RunError::Rules(vec![error]))?)
@@ -315,14 +328,41 @@ impl Supervisor {
             }
         }
         vm.kernel_entry_is_known()?;
-        self.stage = Stage::Armed;
+        let slide = self.symbols.slide();
+        let is_trapped = |at: &Breakpoint| self.points().any(|(_, point, _)| point.addr.wrapping_add(slide) == at.addr);
+        let places = CODE_IS_DONE.iter().filter_map(|name| self.symbols.address(name));
+        let over_at = places.map(Breakpoint::exec).find(|at| !is_trapped(at));
+        self.stage = match over_at {
+            Some(over_at) if self.wants_patches() => Stage::BeforePatches { over_at },
+            _ => Stage::Armed,
+        };
         self.arm_all(vm)?;
         Ok(Next::Go)
+    }
+
+    fn wants_patches(&self) -> bool {
+        self.records.iter().flatten().any(|record| record.mechanism == plan::words(Mechanism::Patch))
+    }
+
+    /// What a set is until the kernel has patched its code: what needs no patch, as far as it fits beside the
+    /// breakpoint at which that is over.
+    fn without_patches(
+        requests: Vec<(Breakpoint, Option<Handler>)>,
+        over_at: Breakpoint,
+    ) -> Vec<(Breakpoint, Option<Handler>)> {
+        let (watches, execs): (Vec<_>, Vec<_>) = requests.into_iter().partition(|(request, _)| request.on.is_watch());
+        let slots = |request: &Breakpoint| request.len.div_ceil(8).max(1);
+        let taken: u64 = watches.iter().map(|(request, _)| slots(request)).sum::<u64>() + 1;
+        let free = (SLOTS as u64).saturating_sub(taken) as usize;
+        std::iter::once((over_at, None)).chain(watches).chain(execs.into_iter().take(free)).collect()
     }
 
     /// Arms everything that can be, in the place of what was armed.
     fn arm_all(&mut self, vm: &mut Vm) -> Result<(), RunError> {
         let mut requests = self.requests(vm)?;
+        if let Stage::BeforePatches { over_at } = self.stage {
+            requests = Self::without_patches(requests, over_at);
+        }
         requests.extend(self.modules.hooks(&self.symbols).map_err(RunError::Usage)?);
         let wanted: BTreeSet<Breakpoint> = requests.iter().map(|(request, _)| *request).collect();
         let gone: Vec<Breakpoint> = self.armed.difference(&wanted).copied().collect();
@@ -344,6 +384,12 @@ impl Supervisor {
         match &stop.reason {
             StopReason::KernelEntry => self.kernel_is_there(vm, stop.vcpu),
             StopReason::Breakpoint(request) | StopReason::Watchpoint { request, .. } if stop.owner == Some(OWNER) => {
+                if self.stage == (Stage::BeforePatches { over_at: *request }) {
+                    self.stage = Stage::Armed;
+                    // A trap at the same place is armed by this, and hit when the guest goes on.
+                    self.arm_all(vm)?;
+                    return Ok(Next::Go);
+                }
                 if self.modules.is_hook(*request) {
                     return self.modules_changed(vm, stop.vcpu, *request);
                 }

@@ -95,8 +95,8 @@ impl Fired {
     /// What this vCPU has stopped for, oldest first.
     pub(crate) fn take(&self, vcpu: VcpuId) -> Vec<Counted> {
         let mut all = self.lock();
-        let (its, others) = all.drain(..).partition(|hit| hit.vcpu == vcpu);
-        *all = others;
+        let (its, others): (Vec<_>, Vec<_>) = all.drain(..).partition(|hit| hit.vcpu == vcpu);
+        *all = others.into();
         its
     }
 }
@@ -121,12 +121,13 @@ impl Trap {
         }
         match rule.action {
             Action::Ignore => Disposition::Continue,
+            // Who disarms a trap that is done is the event loop.
+            Action::Log if rule.once => self.stop(hit),
             Action::Log => {
                 if let Err(TrySendError::Full(_)) = self.log.try_send(hit) {
                     self.counters.lost.fetch_add(1, Ordering::Relaxed);
                 }
-                // Who disarms a trap that is done is the event loop.
-                if rule.once { self.stop(hit) } else { Disposition::Continue }
+                Disposition::Continue
             }
             Action::Fail | Action::Backtrace | Action::Snapshot | Action::Gdb => self.stop(hit),
         }
