@@ -20,6 +20,7 @@ mod chain;
 mod code;
 mod orc;
 mod place;
+mod records;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -31,7 +32,10 @@ use trapline_vmm::vcpu::Registers;
 use cfi::CallFrames;
 use orc::{Kind, OrcTable};
 use place::Place;
-pub use tables::{GuestOrc, Memory, Tables};
+pub use records::records;
+pub use tables::{GuestOrc, Tables};
+
+use crate::symbols::{Memory, Symbols};
 
 /// Most frames of a backtrace. Linux's stacks are 16 KiB, and its deepest chains of calls some 100.
 pub const MOST_FRAMES: usize = 256;
@@ -93,7 +97,7 @@ pub struct Backtrace {
 }
 
 /// Unwinds the stacks of one kernel. Its tables are read when they are first needed, and kept.
-pub struct Unwinder<T> {
+pub struct Unwinder<T = Symbols> {
     tables: T,
     orc: OnceLock<Option<OrcTable>>,
     call_frames: OnceLock<CallFrames>,

@@ -2,11 +2,7 @@
 
 use std::ops::Range;
 
-/// Linear memory as one vCPU sees it.
-pub trait Memory {
-    /// Reads from `addr` on; how many bytes could be read before the first that is not there.
-    fn read(&self, addr: u64, into: &mut [u8]) -> usize;
-}
+use crate::symbols::{Memory, Symbols};
 
 /// The tables and names of one kernel, at the addresses where it runs.
 pub trait Tables {
@@ -22,6 +18,32 @@ pub trait Tables {
     /// ORC tables in guest memory for `addr`: those of the module it is in, or the kernel's own if there is no file
     /// with them.
     fn guest_orc(&self, addr: u64, memory: &dyn Memory) -> Option<GuestOrc>;
+}
+
+impl Tables for Symbols {
+    fn section(&self, name: &str) -> Option<(u64, &[u8])> {
+        self.section(name)
+    }
+
+    fn slide(&self) -> u64 {
+        self.slide()
+    }
+
+    fn function(&self, addr: u64) -> Option<Range<u64>> {
+        let found = self.locate(addr)?;
+        let start = addr.checked_sub(found.offset)?;
+        Some(start..start.checked_add(found.size)?).filter(|function| function.contains(&addr))
+    }
+
+    fn guest_orc(&self, addr: u64, _memory: &dyn Memory) -> Option<GuestOrc> {
+        // Names without a file, from System.map, say where the kernel has its own table.
+        self.locate(addr)?;
+        let [addresses, end, entries] =
+            ["__start_orc_unwind_ip", "__stop_orc_unwind_ip", "__start_orc_unwind"].map(|name| self.address(name));
+        let addresses = addresses?;
+        let count = u32::try_from(end?.checked_sub(addresses)? / 4).ok()?;
+        Some(GuestOrc { addresses, entries: entries?, count })
+    }
 }
 
 impl<T: Tables + ?Sized> Tables for &T {

@@ -9,6 +9,7 @@ use std::ops::Range;
 use trapline_vmm::vcpu::{Registers, Segment};
 
 use super::*;
+use crate::symbols::Memory;
 
 /// Memory that is mapped in pieces.
 #[derive(Debug, Clone, Default)]
