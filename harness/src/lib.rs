@@ -5,5 +5,6 @@
 
 pub mod report;
 mod verdict;
+pub mod vmcore;
 
 pub use verdict::Verdict;
