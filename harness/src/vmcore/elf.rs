@@ -33,7 +33,7 @@ pub(super) fn write(core: &Core<'_>, path: &Path) -> Result<u64, CoreError> {
     let head = head(&ram, &layout, &notes);
     let start = (head.len() as u64).next_multiple_of(PAGE_SIZE);
     let len = start + core.ram.size();
-    let file = CoreFile::create(path, len)?;
+    let mut file = CoreFile::create(path, len)?;
     file.write(0, &head)?;
     ram.each_run(|Run { offset, bytes }| file.write(start + offset, bytes))?;
     file.keep(len)

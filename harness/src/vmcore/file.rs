@@ -1,50 +1,38 @@
-//! A core file under way: a temporary file beside the wanted one, renamed when it is whole.
+//! A core file under way. It gets its name when it is whole (see [`AtomicFile`]).
 
-use std::fs::{File, Permissions};
 use std::io;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use tempfile::NamedTempFile;
 use thiserror::Error;
+
+use crate::files::{AtomicFile, WriteError};
 
 /// Why there is no core. Nothing is left of it, and what was at its path before is still there.
 #[derive(Debug, Error)]
 pub enum CoreError {
-    /// Its folder is not there, or may not be written to.
-    #[error("cannot make a file for the core in {folder}: {source}; name a folder that exists and may be written to")]
-    Create {
-        /// The folder.
-        folder: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
     /// There was no room.
     #[error(
-        "no room for the core {path}: {source}; it needs up to {} MiB there (memory that is zero needs none)",
+        "no room for the core {}: {source}; it takes up to {} MiB, less what of the guest's memory is zero",
+        path.display(),
         needed.div_ceil(1 << 20)
     )]
     Full {
         /// The wanted file.
         path: PathBuf,
-        /// Bytes it takes if no page is zero or compressible.
+        /// Bytes it takes at most.
         needed: u64,
         /// What the system said.
         source: io::Error,
     },
     /// Anything else.
-    #[error("cannot write the core {path}: {source}")]
-    Write {
-        /// The wanted file.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Write(#[from] WriteError),
 }
 
-/// A file that is not there under its name yet, and that goes away unless it is [kept](Self::keep).
+/// A file of which any part can be written at any time.
 pub(super) struct CoreFile {
-    temporary: NamedTempFile,
+    file: AtomicFile,
     path: PathBuf,
     needed: u64,
 }
@@ -52,36 +40,20 @@ pub(super) struct CoreFile {
 impl CoreFile {
     /// For a core at `path` that takes at most `needed` bytes.
     pub(super) fn create(path: &Path, needed: u64) -> Result<Self, CoreError> {
-        let folder = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        // As any file of the report: who collects them may be another user. The umask applies.
-        let temporary = tempfile::Builder::new()
-            .prefix(".vmcore-")
-            .permissions(Permissions::from_mode(0o666))
-            .tempfile_in(folder)
-            .map_err(|source| CoreError::Create { folder: folder.to_path_buf(), source })?;
-        Ok(Self { temporary, path: path.to_path_buf(), needed })
+        Ok(Self { file: AtomicFile::create(path)?, path: path.to_path_buf(), needed })
     }
 
     /// Writes `bytes` at `offset`. What is never written reads as zeros.
-    pub(super) fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), CoreError> {
-        self.file().write_all_at(bytes, offset).map_err(|source| self.error(source))
+    pub(super) fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), CoreError> {
+        let written = self.file.file().write_all_at(bytes, offset);
+        written.map_err(|error| self.error(error))
     }
 
     /// Makes the file `len` bytes long and gives it its name.
-    pub(super) fn keep(self, len: u64) -> Result<u64, CoreError> {
-        self.file().set_len(len).map_err(|source| self.error(source))?;
-        let Self { temporary, path, .. } = self;
-        match temporary.persist(&path) {
-            Ok(_) => Ok(len),
-            Err(failed) => Err(CoreError::Write { path, source: failed.error }),
-        }
-    }
-
-    fn file(&self) -> &File {
-        self.temporary.as_file()
+    pub(super) fn keep(mut self, len: u64) -> Result<u64, CoreError> {
+        self.file.file().set_len(len).map_err(|error| self.error(error))?;
+        self.file.commit()?;
+        Ok(len)
     }
 
     fn error(&self, source: io::Error) -> CoreError {
@@ -90,13 +62,15 @@ impl CoreFile {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
                 CoreError::Full { path, needed: self.needed, source }
             }
-            _ => CoreError::Write { path, source },
+            _ => WriteError { path, source }.into(),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
 
     #[test]
@@ -105,7 +79,7 @@ mod tests {
         let path = folder.path().join("vmcore");
         let mut core = CoreFile::create(&path, 512 << 20).unwrap();
         // A file on which every write says that the disk is full.
-        *core.temporary.as_file_mut() = File::options().write(true).open("/dev/full").unwrap();
+        *core.file.file() = File::options().write(true).open("/dev/full").unwrap();
         let error = core.write(0, b"bytes").unwrap_err();
         assert!(matches!(error, CoreError::Full { .. }), "{error:?}");
         let text = error.to_string();

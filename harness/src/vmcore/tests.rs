@@ -297,13 +297,13 @@ fn a_core_that_cannot_be_written_leaves_what_was_there() {
     let folder = tempfile::tempdir().unwrap();
     let missing = folder.path().join("not/there/vmcore");
     let text = write(&guest.core("", &nothing), &missing, Form::Elf).unwrap_err().to_string();
-    assert!(text.contains("not/there") && text.contains("name a folder") && !text.contains('\n'), "{text}");
-    // A folder has its name: it fails at the very end.
+    assert!(text.contains("not/there") && text.contains("make it first") && !text.contains('\n'), "{text}");
+    // A directory has its name.
     let path = folder.path().join("vmcore");
     fs::create_dir(&path).unwrap();
     fs::write(path.join("kept"), "").unwrap();
     let text = write(&guest.core("", &nothing), &path, Form::Elf).unwrap_err().to_string();
-    assert!(text.contains("cannot write the core") && text.contains("vmcore"), "{text}");
+    assert!(text.contains("vmcore: that is a directory"), "{text}");
     let left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["vmcore"], "nothing half-written");
     assert!(path.join("kept").exists());
