@@ -11,5 +11,6 @@ pub mod run;
 pub mod symbols;
 pub mod unwind;
 mod verdict;
+pub mod vmcore;
 
 pub use verdict::Verdict;
