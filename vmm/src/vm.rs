@@ -324,6 +324,11 @@ impl Vm {
         got
     }
 
+    /// Takes the breakpoints out of what was read of guest memory from `gpa` on.
+    pub fn hide_breakpoints(&self, gpa: u64, bytes: &mut [u8]) {
+        self.coordinator.image().hide_patches(gpa, bytes);
+    }
+
     /// Writes guest-physical memory; whether all of it was RAM. If not, nothing was written.
     /// Breakpoints in it stay, and what was written is there when they go.
     pub fn write_physical(&mut self, addr: u64, bytes: &[u8]) -> Result<bool, CoordinatorError> {

@@ -11,7 +11,7 @@ use trapline_vmm::vcpu::{Activity, Registers};
 
 use crate::report::{Change, FrameRecord, Source, StopRecord, StopTiming, VcpuRecord};
 use crate::symbols::{Location, Memory, Symbols};
-use crate::unwind;
+use crate::unwind::{self, Unwinder};
 
 /// Linear memory as one parked vCPU sees it, without breakpoints.
 pub(crate) struct Seen<'a> {
@@ -71,7 +71,10 @@ pub(crate) struct Moment {
 /// # Errors
 /// A vCPU did not answer.
 pub(crate) fn look(vm: &mut Vm, symbols: &Symbols, moment: &Moment) -> Result<StopRecord, CoordinatorError> {
-    let vcpus = (0..vm.vcpus() as u32).map(|n| look_at(vm, symbols, VcpuId(n), moment)).collect::<Result<Vec<_>, _>>()?;
+    let unwinder = Unwinder::new(symbols);
+    let vcpus = (0..vm.vcpus() as u32)
+        .map(|n| look_at(vm, symbols, &unwinder, VcpuId(n), moment))
+        .collect::<Result<Vec<_>, _>>()?;
     let its = moment.vcpu.and_then(|vcpu| vcpus.get(vcpu.index()));
     let pc = match moment.vcpu {
         Some(vcpu) => Some(vm.registers(vcpu)?.pc()),
@@ -93,12 +96,18 @@ pub(crate) fn micros(from: Instant, to: Instant) -> u64 {
     u64::try_from(to.saturating_duration_since(from).as_micros()).unwrap_or(u64::MAX)
 }
 
-fn look_at(vm: &mut Vm, symbols: &Symbols, vcpu: VcpuId, moment: &Moment) -> Result<VcpuRecord, CoordinatorError> {
+fn look_at(
+    vm: &mut Vm,
+    symbols: &Symbols,
+    unwinder: &Unwinder<&Symbols>,
+    vcpu: VcpuId,
+    moment: &Moment,
+) -> Result<VcpuRecord, CoordinatorError> {
     let glance = vm.glance(vcpu)?;
     let registers = vm.registers(vcpu)?;
     let (backtrace, backtrace_ends) = match glance.activity {
         Activity::WaitForSipi => (Vec::new(), None),
-        _ => backtrace(vm, symbols, vcpu, &registers)?,
+        _ => backtrace(vm, symbols, unwinder, vcpu, &registers)?,
     };
     Ok(VcpuRecord {
         vcpu: vcpu.0,
@@ -122,17 +131,18 @@ fn look_at(vm: &mut Vm, symbols: &Symbols, vcpu: VcpuId, moment: &Moment) -> Res
 pub(crate) fn backtrace(
     vm: &mut Vm,
     symbols: &Symbols,
+    unwinder: &Unwinder<&Symbols>,
     vcpu: VcpuId,
     registers: &Registers,
 ) -> Result<(Vec<FrameRecord>, Option<String>), CoordinatorError> {
     let seen = Seen::by(vm, vcpu)?;
-    let found = symbols.unwind(registers, &seen);
+    let found = unwinder.unwind(registers, &seen);
     let ends = match &found.end {
         unwind::End::Complete | unwind::End::User => None,
         unwind::End::Lost(why) => Some((*why).to_owned()),
         unwind::End::TooDeep => Some("the stack is deeper than is looked".to_owned()),
     };
-    Ok((super::shim::records(symbols, &found), ends))
+    Ok((unwind::records(symbols, &found), ends))
 }
 
 fn by_name(r: &Registers) -> BTreeMap<String, u64> {

@@ -35,6 +35,7 @@ use crate::console::{ConsoleEvent, ConsoleHandle};
 use crate::report::{Change, FrameRecord, HitRecord, HitTiming, Input, StopRecord, TargetRecord};
 use crate::rules::{Action, Rule};
 use crate::symbols::Symbols;
+use crate::unwind::Unwinder;
 
 /// How often what was logged is taken.
 const TICK: Duration = Duration::from_millis(100);
@@ -508,7 +509,7 @@ impl Supervisor {
                 Action::Backtrace => {
                     self.learn_modules(vm, hit.vcpu);
                     let registers = vm.registers(hit.vcpu)?;
-                    look::backtrace(vm, &self.symbols, hit.vcpu, &registers)?.0
+                    look::backtrace(vm, &self.symbols, &Unwinder::new(&self.symbols), hit.vcpu, &registers)?.0
                 }
                 _ => Vec::new(),
             };
