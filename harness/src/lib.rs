@@ -7,6 +7,7 @@ pub mod console;
 pub mod files;
 pub mod report;
 pub mod symbols;
+pub mod unwind;
 mod verdict;
 
 pub use verdict::Verdict;
