@@ -9,5 +9,6 @@ pub mod report;
 pub mod symbols;
 pub mod unwind;
 mod verdict;
+pub mod vmcore;
 
 pub use verdict::Verdict;
