@@ -49,7 +49,7 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Boots a guest on KVM and runs it, under a gdb stub if asked to
     #[command(after_help = RUN_AFTER)]
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Shows what this host's KVM can really do, as opposed to what it claims
     #[command(after_help = DOCTOR_AFTER)]
     Doctor(DoctorArgs),
@@ -286,7 +286,7 @@ mod tests {
     fn run_args(line: &str) -> Result<RunArgs, String> {
         let words = ["trapline", "run"].into_iter().chain(line.split(' '));
         match Cli::try_parse_from(words).map_err(|error| error.to_string())?.command {
-            Command::Run(args) => Ok(args),
+            Command::Run(args) => Ok(*args),
             other => panic!("{other:?}"),
         }
     }
