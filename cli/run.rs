@@ -26,6 +26,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::args::{ConsoleTarget, RunArgs};
 use crate::console;
+use crate::initrd;
 use crate::stub::Stub;
 use crate::terminal::RawTerminal;
 
@@ -81,7 +82,7 @@ pub(crate) fn describe(args: &RunArgs) -> anyhow::Result<Run> {
     };
     let headless = &args.headless;
     let mut run = Run::new(kernel)
-        .cmdline(&args.cmdline)
+        .cmdline(args.cmdline())
         .cpus(args.cpus())
         .memory(args.memory)
         .ap_start(args.ap_start.into())
@@ -96,6 +97,9 @@ pub(crate) fn describe(args: &RunArgs) -> anyhow::Result<Run> {
     if let Some(initrd) = &args.initrd {
         run = run.initrd(initrd);
     }
+    if let Some(made) = initrd::make(args)? {
+        run = run.initramfs(made);
+    }
     if let Some(format) = args.boot_protocol {
         run = run.protocol(format.into());
     }
@@ -106,7 +110,10 @@ pub(crate) fn describe(args: &RunArgs) -> anyhow::Result<Run> {
     for path in &headless.trap_files {
         let text = fs::read_to_string(path)
             .with_context(|| format!("cannot read the traps in {}; check the path", path.display()))?;
-        let rules: Vec<rules::Rule> = { let _ = text; vec![] };
+        let rules: Vec<rules::Rule> = {
+            let _ = text;
+            vec![]
+        };
         run = rules.into_iter().fold(run, Run::rule);
     }
     Ok(headless.traps.iter().fold(run, |run, rule| run.trap(rule)))

@@ -5,6 +5,7 @@
 
 pub mod console;
 pub mod files;
+pub mod initramfs;
 pub mod report;
 pub mod rules;
 pub mod run;

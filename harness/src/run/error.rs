@@ -9,6 +9,7 @@ use trapline_vmm::debug::BreakpointError;
 use trapline_vmm::probe::ProbeError;
 
 use crate::files::WriteError;
+use crate::initramfs::InitramfsError;
 use crate::rules::RuleError;
 use crate::symbols::SymbolsError;
 
@@ -35,6 +36,9 @@ pub enum RunError {
     /// Files with symbols.
     #[error(transparent)]
     Symbols(#[from] SymbolsError),
+    /// The initial RAM disk cannot be made.
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsError),
     /// A file of the report cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),

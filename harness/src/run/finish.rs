@@ -9,6 +9,7 @@ use trapline_vmm::debug::VcpuId;
 use super::supervisor::Supervisor;
 use crate::Verdict;
 use crate::console::ConsoleHandle;
+use crate::initramfs;
 use crate::report::{
     Outcome as TrapOutcome, Report, ReportTiming, SCHEMA, StopRecord, TestRecord, TestResult, TrapRecord, TrapTiming,
     VerdictRecord,
@@ -66,13 +67,17 @@ impl Supervisor {
         if verdict != Verdict::Pass {
             return verdict;
         }
+        // The init that we pack says so where it cannot use the exit port.
+        let last = self.console.last_line().and_then(|line| initramfs::exit_line(&line.text));
+        if let Some(status) = last.filter(|status| *status != 0 && self.guest_status.is_none()) {
+            return Verdict::GuestFailed(status.into());
+        }
         // With panic=-1 a kernel resets after its panic, as it does after a reboot that is wanted.
         if self.console.panic().is_some() {
             return Verdict::Panicked;
         }
-        let failed = |test: &&TestRecord| {
-            test.subtests == 0 && matches!(test.result, TestResult::Failed | TestResult::Missing)
-        };
+        let failed =
+            |test: &&TestRecord| test.subtests == 0 && matches!(test.result, TestResult::Failed | TestResult::Missing);
         match tests.iter().filter(failed).count() {
             0 => {}
             count => return Verdict::TestsFailed(count),
@@ -98,13 +103,7 @@ impl Supervisor {
         found.inspect_err(|error| tracing::warn!("what the vCPUs were doing is not known: {error}")).ok()
     }
 
-    fn make_report(
-        &self,
-        verdict: &Verdict,
-        stop: Option<StopRecord>,
-        tests: Vec<TestRecord>,
-        at: Instant,
-    ) -> Report {
+    fn make_report(&self, verdict: &Verdict, stop: Option<StopRecord>, tests: Vec<TestRecord>, at: Instant) -> Report {
         let decided = match verdict {
             Verdict::Trapped { trap, .. } => Some(*trap),
             _ => None,
@@ -163,7 +162,9 @@ impl Supervisor {
     fn lost(&self) -> Vec<String> {
         let lost = |trap: &std::sync::Arc<super::trap::Trap>| {
             let count = trap.counters.lost.load(std::sync::atomic::Ordering::Relaxed);
-            (count > 0).then(|| format!("{}: {count} hits were counted and not logged, there were too many", trap.rule.title()))
+            (count > 0).then(|| {
+                format!("{}: {count} hits were counted and not logged, there were too many", trap.rule.title())
+            })
         };
         self.traps.iter().filter_map(lost).collect()
     }

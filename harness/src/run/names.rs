@@ -34,12 +34,14 @@ impl Names for Symbols {
 
 /// Whether C calls a type of this name a signed integer.
 fn is_signed(name: &str) -> bool {
-    let words: Vec<&str> = name.split_ascii_whitespace().filter(|word| !matches!(*word, "const" | "volatile")).collect();
+    let words: Vec<&str> =
+        name.split_ascii_whitespace().filter(|word| !matches!(*word, "const" | "volatile")).collect();
     match words.as_slice() {
-        ["char" | "s8" | "s16" | "s32" | "s64" | "__s8" | "__s16" | "__s32" | "__s64" | "ssize_t" | "ptrdiff_t"] => true,
+        ["char" | "s8" | "s16" | "s32" | "s64" | "__s8" | "__s16" | "__s32" | "__s64" | "ssize_t" | "ptrdiff_t"] => {
+            true
+        }
         words => {
-            words.iter().all(|word| matches!(*word, "signed" | "short" | "int" | "long" | "char"))
-                && !words.is_empty()
+            words.iter().all(|word| matches!(*word, "signed" | "short" | "int" | "long" | "char")) && !words.is_empty()
         }
     }
 }
@@ -53,7 +55,8 @@ mod tests {
         for name in ["int", "long int", "const volatile long long int", "short int", "signed char", "char", "s64"] {
             assert!(is_signed(name), "{name}");
         }
-        for name in ["unsigned int", "long unsigned int", "u64", "struct list_head", "void *", "_Bool", "atomic_t", ""] {
+        for name in ["unsigned int", "long unsigned int", "u64", "struct list_head", "void *", "_Bool", "atomic_t", ""]
+        {
             assert!(!is_signed(name), "{name}");
         }
     }

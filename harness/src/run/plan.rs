@@ -120,7 +120,8 @@ impl Plan {
     pub fn records(&self, offer: Offer) -> Vec<Vec<TargetRecord>> {
         let mechanisms = self.mechanisms(offer);
         let each = self.traps.iter().zip(mechanisms);
-        each.map(|(trap, served)| trap.points.iter().zip(served).map(|(point, by)| point.record(by)).collect()).collect()
+        each.map(|(trap, served)| trap.points.iter().zip(served).map(|(point, by)| point.record(by)).collect())
+            .collect()
     }
 }
 
@@ -239,7 +240,8 @@ pub(crate) fn exec(place: &Place, symbols: &Symbols) -> Result<Vec<PlannedPoint>
             if offset > 0 && offset >= size && size > 0 {
                 return Err(format!("`{name}` has {size} bytes, so +{offset:#x} is not in it"));
             }
-            let addr = symbol.address.checked_add(offset).ok_or_else(|| format!("`{place}` is past the last address"))?;
+            let addr =
+                symbol.address.checked_add(offset).ok_or_else(|| format!("`{place}` is past the last address"))?;
             let what = if offset == 0 { symbol.name.to_string() } else { format!("{}+{offset:#x}", symbol.name) };
             Ok(breakpoint(what, Breakpoint::exec(addr), true))
         })

@@ -19,6 +19,7 @@ use super::supervisor::{Setup, Supervisor};
 use super::trap::{Callback, TrapHit};
 use super::{Outputs, RunError};
 use crate::console::{ConsoleLog, ConsoleOptions};
+use crate::initramfs::Initramfs;
 use crate::report::Input;
 use crate::rules::{self, Action, Rule};
 use crate::symbols::{Sources, Symbols};
@@ -62,10 +63,10 @@ impl Kernel {
     }
 }
 
-/// Where the other vCPUs' first instruction is, and other things of the machine, are as [`BootRequest`] has them.
+/// A run, described.
 pub struct Run {
     kernel: Kernel,
-    initrd: Option<PathBuf>,
+    initrd: Option<Initrd>,
     cmdline: String,
     cpus: u32,
     memory: u64,
@@ -77,6 +78,12 @@ pub struct Run {
     outputs: Outputs,
     console: Option<Box<dyn Write + Send>>,
     has_gdb: bool,
+}
+
+/// The initial RAM disk.
+enum Initrd {
+    File(PathBuf),
+    Made(Box<Initramfs>),
 }
 
 /// A rule, or the text of one.
@@ -108,7 +115,14 @@ impl Run {
     /// Initial RAM disk, or the one module of a PVH or Multiboot kernel.
     #[must_use]
     pub fn initrd(mut self, path: impl Into<PathBuf>) -> Self {
-        self.initrd = Some(path.into());
+        self.initrd = Some(Initrd::File(path.into()));
+        self
+    }
+
+    /// An initial RAM disk that is made for this run, from a program or a directory.
+    #[must_use]
+    pub fn initramfs(mut self, made: Initramfs) -> Self {
+        self.initrd = Some(Initrd::Made(Box::new(made)));
         self
     }
 
@@ -255,7 +269,11 @@ impl Run {
             Kernel::File(path) => Some(open("kernel", path)?),
             Kernel::Bytes(..) => None,
         };
-        let initrd = self.initrd.as_deref().map(|path| open("initrd", path)).transpose()?;
+        let initrd = match &self.initrd {
+            Some(Initrd::File(path)) => Some(open("initrd", path)?),
+            Some(Initrd::Made(made)) => Some(made.to_file()?),
+            None => None,
+        };
         let name = self.kernel.name();
         let boot = BootRequest {
             kernel: match (&self.kernel, &kernel) {
@@ -359,7 +377,10 @@ impl Run {
             kernel: self.kernel.name(),
             release: symbols.release().map(str::to_owned),
             build_id: symbols.build_id().map(hex),
-            initrd: self.initrd.as_ref().map(|path| path.display().to_string()),
+            initrd: self.initrd.as_ref().map(|initrd| match initrd {
+                Initrd::File(path) => path.display().to_string(),
+                Initrd::Made(made) => made.origin().to_owned(),
+            }),
             cmdline: self.cmdline.clone(),
             cpus: self.cpus,
             memory: self.memory,

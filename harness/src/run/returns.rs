@@ -62,5 +62,7 @@ pub(crate) fn sites(symbols: &Symbols, function: &Symbol) -> Result<Vec<u64>, St
 
 /// Whether an address is in a part of this function that the compiler has put elsewhere.
 fn is_its_own(symbols: &Symbols, name: &str, addr: u64) -> bool {
-    symbols.locate(addr).is_some_and(|location| location.symbol.strip_prefix(name).is_some_and(|rest| rest.starts_with(".cold")))
+    symbols
+        .locate(addr)
+        .is_some_and(|location| location.symbol.strip_prefix(name).is_some_and(|rest| rest.starts_with(".cold")))
 }

@@ -151,7 +151,8 @@ impl Supervisor {
                 fired: fired.clone(),
             })
         });
-        let sources = || plan.traps.iter().enumerate().flat_map(|(n, trap)| trap.points.iter().map(move |p| (n, &p.by)));
+        let sources =
+            || plan.traps.iter().enumerate().flat_map(|(n, trap)| trap.points.iter().map(move |p| (n, &p.by)));
         let shortest_hang = sources()
             .filter_map(|(_, by)| match by {
                 By::Hang(time) => Some(*time),
@@ -276,9 +277,7 @@ impl Supervisor {
                 continue;
             }
             let condition = match &trap.rule.condition {
-                Some(condition) => {
-                    Some(condition.bind(&self.symbols).map_err(|error| RunError::Rules(vec![error]))?)
-                }
+                Some(condition) => Some(condition.bind(&self.symbols).map_err(|error| RunError::Rules(vec![error]))?),
                 None => None,
             };
             let watched = (request.on.is_watch() && request.len <= 8).then(|| {
@@ -668,8 +667,7 @@ impl Supervisor {
         reason: String,
         vcpu: Option<VcpuId>,
     ) -> Result<StopRecord, CoordinatorError> {
-        let moment =
-            Moment { reason, vcpu, change: None, is_behind: false, began: self.began, at: Instant::now() };
+        let moment = Moment { reason, vcpu, change: None, is_behind: false, began: self.began, at: Instant::now() };
         self.look(vm, &moment)
     }
 

@@ -36,7 +36,8 @@ impl Watchdog {
     pub(crate) fn seen(&mut self, vcpu: VcpuId, glance: &Glance, now: Instant) -> Option<Duration> {
         let stuck = self.stuck.get_mut(vcpu.index())?;
         // A debugger holds it, or it has not begun.
-        let is_exempt = glance.parked.is_some() || matches!(glance.activity, Activity::WaitForSipi | Activity::Other(_));
+        let is_exempt =
+            glance.parked.is_some() || matches!(glance.activity, Activity::WaitForSipi | Activity::Other(_));
         if glance.interrupts || is_exempt {
             *stuck = None;
             return None;

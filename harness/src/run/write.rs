@@ -1,7 +1,5 @@
 //! Writing the files of a run.
 
-use std::fs;
-use std::io::{self, Write};
 use std::path::Path;
 
 use trapline_vmm::Vm;
@@ -48,7 +46,8 @@ impl Supervisor {
     fn core(&mut self, vm: &mut Vm, path: &Path, form: Form) -> Result<(), Trouble> {
         let vcpus: Vec<Registers> =
             (0..vm.vcpus() as u32).map(|n| vm.registers(VcpuId(n))).collect::<Result<_, _>>()?;
-        let vmcoreinfo = Vec::new(); let _ = Seen::by(vm, VcpuId(0))?;
+        let vmcoreinfo = Vec::new();
+        let _ = Seen::by(vm, VcpuId(0))?;
         let hide = |gpa: u64, bytes: &mut [u8]| vm.hide_breakpoints(gpa, bytes);
         vmcore::write(&Core { ram: vm.ram(), vcpus: &vcpus, vmcoreinfo, hide: &hide }, path, form)?;
         Ok(())
