@@ -22,8 +22,11 @@ pub(super) struct Elf {
     bytes: Arc<Bytes>,
     /// Relocatable: a module before it is loaded.
     pub(super) relocatable: bool,
+    /// Linux's linker scripts made it, and so section names mean what they mean there.
+    linux: bool,
     sections: Vec<Section>,
     build_id: Option<Vec<u8>>,
+    debuglink: Option<String>,
 }
 
 /// One section.
@@ -48,6 +51,14 @@ pub(super) struct Section {
 impl Section {
     pub(super) fn range(&self) -> Range<u64> {
         self.address..self.address.saturating_add(self.size)
+    }
+
+    pub(super) fn is_code(&self) -> bool {
+        self.exec
+    }
+
+    fn is_percpu(&self) -> bool {
+        self.name.starts_with(".data..percpu") || self.name.starts_with(".data.percpu")
     }
 
     fn has_contents(&self) -> bool {
@@ -103,12 +114,16 @@ impl Elf {
                 made: OnceLock::new(),
             });
         }
+        let relocatable = file.kind() == ObjectKind::Relocatable;
+        let linux = |section: &Section| section.name == "__ksymtab" || section.name == ".init.text";
         Ok(Elf {
             path: PathBuf::new(),
             bytes: Arc::new(Bytes::Owned(Vec::new())),
-            relocatable: file.kind() == ObjectKind::Relocatable,
+            relocatable,
+            linux: relocatable || sections.iter().any(linux),
             sections,
             build_id: file.build_id().ok().flatten().map(<[u8]>::to_vec),
+            debuglink: file.gnu_debuglink().ok().flatten().map(|(name, _)| String::from_utf8_lossy(name).into_owned()),
         })
     }
 
@@ -118,6 +133,11 @@ impl Elf {
 
     pub(super) fn build_id(&self) -> Option<&[u8]> {
         self.build_id.as_deref()
+    }
+
+    /// Name of the file with its debug information, if it names one.
+    pub(super) fn debuglink(&self) -> Option<&str> {
+        self.debuglink.as_deref()
     }
 
     pub(super) fn sections(&self) -> &[Section] {
@@ -176,11 +196,17 @@ impl Elf {
         self.section(".debug_info").is_some()
     }
 
+    /// The value of a symbol, by going through all of them.
+    pub(super) fn address_of(&self, name: &str) -> Option<u64> {
+        let file = object::File::parse(&**self.bytes).ok()?;
+        let symbol = file.symbols().find(|symbol| symbol.name() == Ok(name));
+        symbol.map(|symbol| symbol.address())
+    }
+
     /// Its symbol table. Damaged symbols are left out.
     pub(super) fn table(&self) -> Table {
         let Ok(file) = object::File::parse(&**self.bytes) else { return Table::default() };
-        let named = |name: &str| file.symbols().find(|symbol| symbol.name() == Ok(name)).map(|symbol| symbol.address());
-        let init = match (self.linux(), named("__init_begin"), named("__init_end")) {
+        let init = match (self.linux, self.address_of("__init_begin"), self.address_of("__init_end")) {
             (true, Some(begin), Some(end)) => begin..end,
             _ => 0..0,
         };
@@ -218,24 +244,32 @@ impl Elf {
         self.sections.iter().filter(|section| section.alloc && section.size > 0).map(Section::range).collect()
     }
 
+    /// From the lowest to the highest address of the image; per-cpu variables may be linked elsewhere.
+    pub(super) fn range(&self) -> Range<u64> {
+        let sections =
+            || self.sections.iter().filter(|section| section.alloc && section.size > 0 && !section.is_percpu());
+        let start = sections().map(|section| section.address).min().unwrap_or_default();
+        let end = sections().map(|section| section.range().end).max().unwrap_or_default();
+        start..end
+    }
+
     /// Name of the section at this address.
     pub(super) fn section_at(&self, address: u64) -> Option<&Section> {
         self.sections.iter().find(|section| section.alloc && section.range().contains(&address))
     }
 
-    /// Linux's linker script made it, and so its names mean what they mean there.
-    fn linux(&self) -> bool {
-        self.relocatable
-            || self.sections.iter().any(|section| section.name == "__ksymtab" || section.name == ".init.text")
+    /// The class of what is at this address.
+    pub(super) fn class_at(&self, address: u64, init: &Range<u64>) -> Option<Class> {
+        self.section_at(address).map(|section| self.class(section, init))
     }
 
     /// The class of a section's symbols. `init` is what is discarded after boot.
     pub(super) fn class(&self, section: &Section, init: &Range<u64>) -> Class {
         let name = section.name.as_str();
-        let linux = self.linux();
+        let linux = self.linux;
         if !section.alloc {
             Class::Absolute
-        } else if name.starts_with(".data..percpu") || name.starts_with(".data.percpu") {
+        } else if section.is_percpu() {
             Class::PerCpu
         } else if linux && name.starts_with(".exit.") && section.exec {
             Class::ExitText

@@ -134,24 +134,25 @@ impl Table {
     }
 
     fn derive_sizes(&mut self, bounds: &[Range<u64>]) {
-        let mut next: Option<u64> = None; // The lowest address above the one at hand.
-        let mut at: Option<u64> = None;
-        for entry in self.entries.iter_mut().rev() {
-            if entry.class == Class::Absolute {
+        let mut next: Option<u64> = None;
+        for group in self.entries.chunk_by_mut(|a, b| a.address == b.address).rev() {
+            let Some(address) = group.first().map(|entry| entry.address) else { continue };
+            if group.iter().all(|entry| entry.class == Class::Absolute) {
                 continue;
             }
-            if at != Some(entry.address) {
-                next = at;
-                at = Some(entry.address);
+            let bound = bounds.iter().find(|bound| bound.contains(&address)).map(|bound| bound.end);
+            let end = next.into_iter().chain(bound).min().unwrap_or(address);
+            // Another name for the same thing, which the linker or an assembler made, has no size of its own.
+            let largest = |function| {
+                let same = group.iter().filter(|entry| entry.is_function() == function);
+                same.map(|entry| entry.size).max().filter(|&size| size != 0)
+            };
+            let sizes = [false, true].map(|function| largest(function).unwrap_or(end.saturating_sub(address)));
+            for entry in group.iter_mut().filter(|entry| entry.size == 0 && entry.class != Class::Absolute) {
+                let [variable, function] = sizes;
+                entry.size = if entry.is_function() { function } else { variable };
             }
-            if entry.size == 0 {
-                let bound = bounds.iter().find(|bound| bound.contains(&entry.address)).map(|bound| bound.end);
-                let end = match (next, bound) {
-                    (Some(next), Some(bound)) => next.min(bound),
-                    (next, bound) => next.or(bound).unwrap_or(entry.address),
-                };
-                entry.size = end.saturating_sub(entry.address);
-            }
+            next = Some(address);
         }
     }
 
