@@ -37,6 +37,7 @@ pub(super) struct Kernel {
     /// Directories that were given.
     directories: Vec<PathBuf>,
     debug_dirs: Vec<PathBuf>,
+    module_index: OnceLock<Vec<(String, PathBuf)>>,
     /// The bzImage that is booted, until something is known that has what is in it.
     packed: Option<(PathBuf, Bytes)>,
     /// Where the table came from, if not from the image.
@@ -266,6 +267,20 @@ impl Kernel {
     /// The file of a module that was given, by the module's name.
     pub(super) fn module_file(&self, name: &str) -> Option<Arc<Elf>> {
         self.modules.iter().find(|elf| super::modules::is_file_of(elf.path(), name)).cloned()
+    }
+
+    pub(super) fn debug_dirs(&self) -> &[PathBuf] {
+        &self.debug_dirs
+    }
+
+    /// The directories that were given.
+    pub(super) fn directories(&self) -> &[PathBuf] {
+        &self.directories
+    }
+
+    /// All modules' files that can be found, by the module's name; looked for once.
+    pub(super) fn module_index(&self) -> &[(String, PathBuf)] {
+        self.module_index.get_or_init(|| self.find_module_files())
     }
 
     pub(super) fn files(&self) -> Vec<PathBuf> {

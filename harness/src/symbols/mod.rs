@@ -45,7 +45,7 @@ use self::kernel::Kernel;
 use self::modules::Module;
 
 pub use self::error::{LookupError, SymbolsError};
-// XX
+pub use self::modules::{LoadedModule, ModuleState, ModulesError};
 pub use self::table::Class;
 
 /// Linear memory as one vCPU sees it.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::elf::Elf;
 use super::error::SymbolsError;
-use super::table::{Class, Kind, Raw, Table};
+use super::table::{Builder, Class, Kind, Raw, Table};
 
 /// Whether these are the first bytes of such a file.
 pub(super) fn is_one(bytes: &[u8]) -> bool {
@@ -61,11 +61,12 @@ pub(super) fn table<'a>(lines: impl Iterator<Item = (u64, u8, &'a str)> + Clone,
         b'r' => Class::ReadOnly,
         _ => Class::Data,
     };
-    let symbols = lines.clone().filter(|line| !line.1.eq_ignore_ascii_case(&b'u')).map(|(address, letter, name)| {
-        let section =
-            image.filter(|_| !letter.eq_ignore_ascii_case(&b'a')).and_then(|image| image.class_at(address, &init));
-        let class = section.unwrap_or_else(|| by_letter(address, letter));
-        Raw { name, address, size: 0, kind: Kind::Unknown, class, global: letter.is_ascii_uppercase() }
-    });
-    Table::new(symbols, &image.map(Elf::bounds).unwrap_or_default())
+    let mut builder = Builder::default();
+    for (address, letter, name) in lines.clone().filter(|line| !line.1.eq_ignore_ascii_case(&b'u')) {
+        let section = image.filter(|_| !letter.eq_ignore_ascii_case(&b'a'));
+        let class = section.and_then(|image| image.class_at(address, &init));
+        let class = class.unwrap_or_else(|| by_letter(address, letter));
+        builder.add(&Raw { name, address, size: 0, kind: Kind::Unknown, class, global: letter.is_ascii_uppercase() });
+    }
+    builder.build(&image.map(Elf::bounds).unwrap_or_default())
 }

@@ -86,36 +86,43 @@ pub(super) struct Table {
 /// No kernel has more; a file that says so is damaged.
 const MOST: usize = 1 << 24;
 
-impl Table {
-    /// Sorts symbols into a table. Those without a size get the distance to the next one, at most up to the end of
-    /// the range in `bounds` that they are in.
-    pub(super) fn new<'a>(symbols: impl Iterator<Item = Raw<'a>>, bounds: &[Range<u64>]) -> Self {
-        let mut names = String::new();
-        let mut entries = Vec::new();
-        for raw in symbols.take(MOST) {
-            if raw.name.is_empty() {
-                continue;
-            }
-            let (Ok(start), Ok(len)) = (u32::try_from(names.len()), u32::try_from(raw.name.len())) else { break };
-            if start.checked_add(len).is_none() {
-                break;
-            }
-            names.push_str(raw.name);
-            entries.push(Entry {
-                address: raw.address,
-                size: raw.size,
-                name: (start, len),
-                class: raw.class,
-                kind: raw.kind,
-                global: raw.global,
-            });
+/// Symbols that are to become a table.
+#[derive(Debug, Default)]
+pub(super) struct Builder {
+    names: String,
+    entries: Vec<Entry>,
+}
+
+impl Builder {
+    /// Adds a symbol; one without a name is left out.
+    pub(super) fn add(&mut self, raw: &Raw<'_>) {
+        let place = (u32::try_from(self.names.len()), u32::try_from(raw.name.len()));
+        let (Ok(start), Ok(len)) = place else { return };
+        if len == 0 || start.checked_add(len).is_none() || self.entries.len() >= MOST {
+            return;
         }
-        let mut table = Table { names, entries, by_name: Vec::new() };
+        self.names.push_str(raw.name);
+        self.entries.push(Entry {
+            address: raw.address,
+            size: raw.size,
+            name: (start, len),
+            class: raw.class,
+            kind: raw.kind,
+            global: raw.global,
+        });
+    }
+
+    /// Sorts them. Those without a size get that of another name for the same thing, else the distance to the next one,
+    /// at most up to the end of the range in `bounds` that they are in.
+    pub(super) fn build(self, bounds: &[Range<u64>]) -> Table {
+        let mut table = Table { names: self.names, entries: self.entries, by_name: Vec::new() };
         table.sort();
         table.derive_sizes(bounds);
         table
     }
+}
 
+impl Table {
     fn sort(&mut self) {
         let names = &self.names;
         let name = |entry: &Entry| slice(names, entry.name);
@@ -138,6 +145,10 @@ impl Table {
         for group in self.entries.chunk_by_mut(|a, b| a.address == b.address).rev() {
             let Some(address) = group.first().map(|entry| entry.address) else { continue };
             if group.iter().all(|entry| entry.class == Class::Absolute) {
+                continue;
+            }
+            if group.iter().all(|entry| entry.size != 0) {
+                next = Some(address);
                 continue;
             }
             let bound = bounds.iter().find(|bound| bound.contains(&address)).map(|bound| bound.end);
