@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use trapline_vmm::Vm;
-use trapline_vmm::debug::VcpuId;
+use trapline_vmm::debug::{Crash, VcpuId};
 
 use super::supervisor::Supervisor;
 use crate::Verdict;
@@ -106,6 +106,7 @@ impl Supervisor {
     fn make_report(&self, verdict: &Verdict, stop: Option<StopRecord>, tests: Vec<TestRecord>, at: Instant) -> Report {
         let decided = match verdict {
             Verdict::Trapped { trap, .. } => Some(*trap),
+            Verdict::Died(Crash::TripleFault { .. }) => self.triple_fault_trap(),
             _ => None,
         };
         let tail = self.console.tail();

@@ -123,7 +123,7 @@ fn look_at(
         registers: by_name(&registers),
         backtrace,
         backtrace_ends,
-        ran_on_us: glance.parked.map_or(0, |parked| micros(moment.at, parked)),
+        ran_on_us: glance.parked.filter(|_| moment.vcpu != Some(vcpu)).map_or(0, |parked| micros(moment.at, parked)),
     })
 }
 

@@ -40,7 +40,6 @@ mod outputs;
 mod plan;
 mod prepare;
 mod returns;
-mod shim;
 mod supervisor;
 mod trap;
 mod watch_loop;

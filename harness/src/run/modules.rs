@@ -6,13 +6,11 @@
 
 use std::collections::BTreeSet;
 
-use trapline_vmm::debug::{Breakpoint, Handler};
+use trapline_vmm::debug::{Breakpoint, Handler, Trigger};
 
 use super::plan::{self, By, Planned};
 use crate::rules::{Rule, What};
-use crate::symbols::Symbols;
-
-use trapline_vmm::debug::Trigger;
+use crate::symbols::{LoadedModule, Symbols};
 
 const COMES: &str = "do_init_module";
 const GOES: &str = "free_module";
@@ -72,11 +70,11 @@ impl Modules {
         &mut self,
         plan: &[Planned],
         symbols: &Symbols,
+        loaded: &[LoadedModule],
         hook: Breakpoint,
         module: u64,
     ) -> Result<(), String> {
         let goes = self.hooks.get(1) == Some(&hook);
-        let loaded = symbols.modules();
         let leaving = loaded.iter().find(|loaded| goes && loaded.address == module).map(|loaded| loaded.name.clone());
         self.points.clear();
         for (index, planned) in plan.iter().enumerate() {
@@ -84,7 +82,7 @@ impl Modules {
                 By::Module { module } => Some(module),
                 _ => None,
             });
-            let is_there = |name: &String| loaded.iter().any(|loaded| *loaded.name == **name);
+            let is_there = |name: &String| loaded.iter().any(|loaded| loaded.name == *name);
             if names.clone().any(|name| is_there(name) && leaving.as_deref() != Some(name)) {
                 let found = points(&planned.rule, symbols).map_err(|why| planned.rule.refuse(why).to_string())?;
                 self.points.extend(found.into_iter().map(|request| (index, request)));

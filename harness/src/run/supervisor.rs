@@ -34,7 +34,7 @@ use crate::Verdict;
 use crate::console::{ConsoleEvent, ConsoleHandle};
 use crate::report::{Change, FrameRecord, HitRecord, HitTiming, Input, StopRecord, TargetRecord};
 use crate::rules::{Action, Rule};
-use crate::symbols::Symbols;
+use crate::symbols::{LoadedModule, Symbols};
 use crate::unwind::Unwinder;
 
 /// How often what was logged is taken.
@@ -109,6 +109,8 @@ pub struct Supervisor {
     stage: Stage,
     may_move: bool,
     modules: Modules,
+    /// Those that the guest had when somebody looked last.
+    loaded: Vec<LoadedModule>,
     /// What is armed, so that what is not wanted any more can be taken away.
     armed: BTreeSet<Breakpoint>,
     timer: TimerFd,
@@ -164,6 +166,7 @@ impl Supervisor {
             traps: traps.collect(),
             modules: Modules::wanted(&plan.traps),
             patterns,
+            loaded: Vec::new(),
             plan: plan.traps,
             records,
             symbols,
@@ -415,12 +418,19 @@ impl Supervisor {
 
     /// Rules that wait for a triple fault have been hit; the run ends of itself.
     fn count_triple_fault(&self, vcpu: VcpuId) {
-        let waits = |planned: &Planned| planned.points.iter().any(|point| point.by == By::TripleFault);
-        for (planned, trap) in self.plan.iter().zip(&self.traps) {
-            if waits(planned) {
-                trap.counters.count(vcpu);
-            }
+        for trap in self.triple_fault_traps() {
+            self.traps[trap].counters.count(vcpu);
         }
+    }
+
+    fn triple_fault_traps(&self) -> impl Iterator<Item = usize> {
+        let waits = |planned: &Planned| planned.points.iter().any(|point| point.by == By::TripleFault);
+        (0..self.plan.len()).filter(move |n| waits(&self.plan[*n]))
+    }
+
+    /// The first of them.
+    pub(super) fn triple_fault_trap(&self) -> Option<usize> {
+        self.triple_fault_traps().next()
     }
 
     /// How a run ends that a trap has ended.
@@ -675,7 +685,10 @@ impl Supervisor {
     fn learn_modules(&mut self, vm: &mut Vm, vcpu: VcpuId) {
         let Ok(seen) = Seen::by(vm, vcpu) else { return };
         match self.symbols.guest_modules(&seen) {
-            Ok(loaded) => self.symbols = self.symbols.with_modules(&loaded),
+            Ok(loaded) => {
+                self.symbols = self.symbols.with_modules(&loaded);
+                self.loaded = loaded;
+            }
             Err(error) => tracing::debug!(%error, "the guest's modules are not known"),
         }
     }
@@ -684,7 +697,7 @@ impl Supervisor {
     fn modules_changed(&mut self, vm: &mut Vm, vcpu: VcpuId, hook: Breakpoint) -> Result<Next, RunError> {
         let registers = vm.registers(vcpu)?;
         self.learn_modules(vm, vcpu);
-        self.modules.changed(&self.plan, &self.symbols, hook, registers.rdi).map_err(RunError::Usage)?;
+        self.modules.changed(&self.plan, &self.symbols, &self.loaded, hook, registers.rdi).map_err(RunError::Usage)?;
         self.arm_all(vm)?;
         Ok(Next::Go)
     }
