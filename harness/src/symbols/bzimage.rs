@@ -87,10 +87,9 @@ impl<'a> BzImage<'a> {
             [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
                 ("xz", read(lzma_rust2::XzReader::new_mem_limit(payload, false, XZ_MEMORY)))
             }
-            [0x5d, 0, 0, ..] => (
-                "lzma",
-                lzma_rust2::LzmaReader::new_mem_limit(payload, XZ_MEMORY, None).map_err(io::Error::from).and_then(read),
-            ),
+            [0x5d, 0, 0, ..] => {
+                ("lzma", lzma_rust2::LzmaReader::new_mem_limit(payload, XZ_MEMORY, None).and_then(read))
+            }
             [0x28, 0xb5, 0x2f, 0xfd, ..] => (
                 "zstd",
                 ruzstd::decoding::StreamingDecoder::new_with_max_window_size(payload, ZSTD_WINDOW)

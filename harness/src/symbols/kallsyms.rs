@@ -258,7 +258,8 @@ fn addresses(bytes: &[u8], linked: u64, image: &Range<u64>, tokens: &Tokens<'_>,
         let base = base.and_then(|base| quad(bytes, base)).filter(|base| *base != 0);
         let with_percpu = |number| {
             let offset = i64::from(offset(number)?);
-            if offset >= 0 { Some(offset.cast_unsigned()) } else { base?.checked_sub(1)?.checked_sub_signed(offset) }
+            let distance = offset.unsigned_abs();
+            if offset >= 0 { Some(distance) } else { base?.checked_sub(1)?.checked_add(distance) }
         };
         let plain = |number| base?.checked_add(u64::from(offset(number)?.cast_unsigned()));
         let placed = |number: usize| {

@@ -79,7 +79,7 @@ impl Kernel {
         let elf = Arc::new(Elf::parse(path, Arc::new(bytes))?);
         self.take(&elf);
         if !elf.has_symbols() {
-            self.from_kallsyms(path);
+            self.take_kallsyms(path);
         }
         Ok(())
     }
@@ -193,13 +193,13 @@ impl Kernel {
             Err(why) => self.nothing = Some(format!("{}: {why}", path.display())),
             Ok(elf) => {
                 self.take(&Arc::new(elf));
-                self.from_kallsyms(&path);
+                self.take_kallsyms(&path);
             }
         }
     }
 
     /// Reads the symbol table that the kernel carries in its data, if there is no better one.
-    fn from_kallsyms(&mut self, path: &Path) {
+    fn take_kallsyms(&mut self, path: &Path) {
         let Some(elf) = self.image.clone().filter(|_| self.table.is_empty()) else { return };
         let range = elf.range();
         let places = elf.sections().iter().filter(|section| section.alloc && !section.is_code());
