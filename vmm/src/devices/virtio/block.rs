@@ -154,7 +154,8 @@ impl Disk {
     /// Where in the file `len` bytes from `sector` on are, if the disk has them and they are whole sectors.
     fn offset(&self, sector: u64, len: u64) -> Option<u64> {
         let end = sector.checked_add(len / SECTOR)?;
-        (len.is_multiple_of(SECTOR) && end <= self.sectors).then_some(sector * SECTOR)
+        let inside = len.is_multiple_of(SECTOR) && end <= self.sectors;
+        sector.checked_mul(SECTOR).filter(|_| inside)
     }
 
     fn read(&mut self, request: &Request<'_>, offset: u64, len: u64) -> Result<(u32, u64), Fault> {

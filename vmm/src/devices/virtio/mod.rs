@@ -31,6 +31,11 @@ mod request;
 mod state;
 mod worker;
 
+#[cfg(test)]
+mod driver;
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::sync::Arc;
 
