@@ -98,7 +98,7 @@ fn boot(args: &RunArgs) -> anyhow::Result<Vm> {
                 .with_context(|| format!("cannot write the console to {}; choose another file", path.display()))?,
         ),
     };
-    Ok(Vm::boot(VmConfig { memory: args.memory, boot, console, arm_hook: None })?)
+    Ok(Vm::boot(VmConfig { memory: args.memory, boot, console, disks: args.disks.clone(), rng: true, arm_hook: None })?)
 }
 
 /// Stdout without waiting for the end of a line: a guest's prompt has none.
