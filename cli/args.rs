@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use trapline_gdbstub_glue::Address;
 use trapline_harness::initramfs;
 use trapline_vmm::boot::{ApStart, Format};
+use trapline_vmm::devices::virtio::DiskConfig;
 use trapline_vmm::limits::{MAX_MEMORY, MAX_VCPUS, MIB, MIN_MEMORY};
 
 /// What the help of `run` ends with.
@@ -105,6 +106,10 @@ pub(crate) struct RunArgs {
     /// Kernel command line [default: empty; with --exec or --rootfs 'console=ttyS0 panic=-1 reboot=t']
     #[arg(long, value_name = "STRING")]
     pub(crate) cmdline: Option<String>,
+
+    /// Raw disk image or block device, as the next virtio disk (/dev/vda, ..); FILE,ro: not to be written
+    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk)]
+    pub(crate) disks: Vec<DiskConfig>,
 
     /// Number of vCPUs [default: 1, or 2 for the built-in guest]
     #[arg(long, value_name = "N", value_parser = parse_cpus)]
@@ -314,6 +319,14 @@ fn parse_memory(text: &str) -> Result<u64, String> {
     }
 }
 
+fn parse_disk(text: &str) -> Result<DiskConfig, String> {
+    let (path, read_only) = text.strip_suffix(",ro").map_or((text, false), |path| (path, true));
+    match path {
+        "" => Err("give a file, or a file and ,ro".to_owned()),
+        path => Ok(DiskConfig { path: path.into(), read_only }),
+    }
+}
+
 fn parse_time(text: &str) -> Result<Duration, String> {
     let advice = || "give a time such as 500ms, 60s or 5m".to_owned();
     let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
@@ -400,6 +413,17 @@ mod tests {
         assert_eq!(parse_cpus("64"), Ok(64));
         for bad in ["0", "65", "10000", "-1", "two", ""] {
             assert!(parse_cpus(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn disks() {
+        let disk = |path: &str, read_only| Ok(DiskConfig { path: path.into(), read_only });
+        assert_eq!(parse_disk("a.img"), disk("a.img", false));
+        assert_eq!(parse_disk("a,b.img,ro"), disk("a,b.img", true));
+        assert_eq!(parse_disk("a.img,rw"), disk("a.img,rw", false));
+        for bad in ["", ",ro"] {
+            assert!(parse_disk(bad).is_err(), "{bad}");
         }
     }
 

@@ -106,6 +106,7 @@ pub(crate) fn describe(args: &RunArgs) -> anyhow::Result<Run> {
     if let Some(time) = args.timeout {
         run = run.timeout(time);
     }
+    run = args.disks.iter().cloned().fold(run, Run::disk);
     run = headless.symbols.iter().fold(run, |run, path| run.symbols(path));
     for path in &headless.trap_files {
         let text = fs::read_to_string(path)

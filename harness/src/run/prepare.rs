@@ -9,6 +9,7 @@ use std::time::Duration;
 use trapline_vmm::boot::{ApStart, BootRequest, Format, Image};
 use trapline_vmm::debug::Disposition;
 use trapline_vmm::devices::Console;
+use trapline_vmm::devices::virtio::DiskConfig;
 use trapline_vmm::limits::MIB;
 use trapline_vmm::probe;
 use trapline_vmm::{Vm, VmConfig};
@@ -71,6 +72,7 @@ pub struct Run {
     cpus: u32,
     memory: u64,
     ap_start: ApStart,
+    disks: Vec<DiskConfig>,
     protocol: Option<Format>,
     symbols: Vec<PathBuf>,
     rules: Vec<(Wanted, Option<Callback>)>,
@@ -102,6 +104,7 @@ impl Run {
             cpus: 1,
             memory: 256 * MIB,
             ap_start: ApStart::Sipi,
+            disks: Vec::new(),
             protocol: None,
             symbols: Vec::new(),
             rules: Vec::new(),
@@ -151,6 +154,13 @@ impl Run {
     #[must_use]
     pub fn ap_start(mut self, how: ApStart) -> Self {
         self.ap_start = how;
+        self
+    }
+
+    /// A disk image, the next one of the guest's (/dev/vda, /dev/vdb, ..).
+    #[must_use]
+    pub fn disk(mut self, disk: DiskConfig) -> Self {
+        self.disks.push(disk);
         self
     }
 
@@ -288,7 +298,7 @@ impl Run {
             ap_start: self.ap_start,
             protocol: self.protocol,
         };
-        let config = VmConfig { memory: self.memory, boot, console: Console::new(log), arm_hook: None };
+        let config = VmConfig { memory: self.memory, boot, console: Console::new(log), disks: self.disks.clone(), rng: true, arm_hook: None };
         let mut vm = Vm::boot(config)?;
         // The decompressor in a bzImage moves what it unpacks; nothing else does.
         let is_told_not_to = self.cmdline.split_ascii_whitespace().any(|word| word == "nokaslr");
