@@ -111,10 +111,7 @@ pub(crate) fn describe(args: &RunArgs) -> anyhow::Result<Run> {
     for path in &headless.trap_files {
         let text = fs::read_to_string(path)
             .with_context(|| format!("cannot read the traps in {}; check the path", path.display()))?;
-        let rules: Vec<rules::Rule> = {
-            let _ = text;
-            vec![]
-        };
+        let rules = rules::from_toml(&text, &path.to_string_lossy())?;
         run = rules.into_iter().fold(run, Run::rule);
     }
     Ok(headless.traps.iter().fold(run, |run, rule| run.trap(rule)))

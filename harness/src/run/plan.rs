@@ -8,7 +8,7 @@ use trapline_vmm::limits::PAGE_SIZE;
 
 use super::returns;
 use crate::report::TargetRecord;
-use crate::rules::{Name, Pattern, Place, Rule, RuleError, Target, What};
+use crate::rules::{Alias, Name, Pattern, Place, Rule, RuleError, Seen, Target, What};
 use crate::symbols::{LookupError, Symbols};
 
 /// Who holds the breakpoints of the rules.
@@ -189,7 +189,7 @@ fn points(rule: &Rule, symbols: &Symbols) -> Result<Vec<PlannedPoint>, RuleError
         What::Return(name) => return_sites(name, symbols).map_err(refuse),
         What::Write(target) => watch(target, Trigger::Write, symbols).map_err(refuse),
         What::Access(target) => watch(target, Trigger::Access, symbols).map_err(refuse),
-        What::Alias(alias) => Err(rule.refuse(format!("{alias}: not yet"))),
+        What::Alias(alias) => events(*alias, symbols).map_err(refuse),
         What::TripleFault => vmm("triple fault".to_owned(), By::TripleFault),
         What::Hang(time) => vmm(format!("a vCPU without progress for {time:?}"), By::Hang(*time)),
         What::Console(pattern) => vmm("console".to_owned(), By::Console(pattern.clone())),
@@ -216,6 +216,38 @@ fn later(name: &Name, error: &LookupError) -> Option<Vec<PlannedPoint>> {
     let module = name.module.clone()?;
     matches!(error, LookupError::NoSuchModule { .. })
         .then(|| vec![PlannedPoint { what: name.to_string(), by: By::Module { module } }])
+}
+
+/// What an alias is in this kernel.
+fn events(alias: Alias, symbols: &Symbols) -> Result<Vec<PlannedPoint>, String> {
+    let mut points: Vec<PlannedPoint> = Vec::new();
+    let mut looked_for: Vec<&str> = Vec::new();
+    for event in alias.events() {
+        match event.seen {
+            Seen::Console(regex) => {
+                let pattern = Pattern::new(regex)?;
+                points.push(PlannedPoint { what: format!("console: {}", event.what), by: By::Console(pattern) });
+            }
+            Seen::Function(names) => match names.iter().find_map(|name| symbols.functions(name).ok()) {
+                Some(found) => {
+                    let new = found.iter().map(|at| {
+                        breakpoint(format!("{}: {}", at.name, event.what), Breakpoint::exec(at.address), true)
+                    });
+                    let new: Vec<_> = new.filter(|new| points.iter().all(|had| had.by != new.by)).collect();
+                    points.extend(new);
+                }
+                None => looked_for.extend(names),
+            },
+        }
+    }
+    if points.is_empty() {
+        if symbols.is_empty() {
+            return symbols.functions("panic").map(|_| points).map_err(|error| error.to_string());
+        }
+        let option = alias.option().map(|option| format!("; was it built with {option}?")).unwrap_or_default();
+        return Err(format!("this kernel has none of {}{option}", looked_for.join(", ")));
+    }
+    Ok(points)
 }
 
 fn breakpoint(what: String, request: Breakpoint, moves: bool) -> PlannedPoint {

@@ -298,7 +298,14 @@ impl Run {
             ap_start: self.ap_start,
             protocol: self.protocol,
         };
-        let config = VmConfig { memory: self.memory, boot, console: Console::new(log), disks: self.disks.clone(), rng: true, arm_hook: None };
+        let config = VmConfig {
+            memory: self.memory,
+            boot,
+            console: Console::new(log),
+            disks: self.disks.clone(),
+            rng: true,
+            arm_hook: None,
+        };
         let mut vm = Vm::boot(config)?;
         // The decompressor in a bzImage moves what it unpacks; nothing else does.
         let is_told_not_to = self.cmdline.split_ascii_whitespace().any(|word| word == "nokaslr");
