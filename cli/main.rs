@@ -3,6 +3,7 @@
 mod args;
 mod console;
 mod doctor;
+mod initrd;
 mod log;
 mod run;
 mod stub;
@@ -71,7 +72,7 @@ fn severity(error: &anyhow::Error) -> u8 {
     }
     match error.downcast_ref::<VmError>() {
         Some(VmError::Host(_) | VmError::Resources(_)) => EX_UNAVAILABLE,
-        Some(VmError::Boot(_) | VmError::Memory(_)) => EX_USAGE,
+        Some(VmError::Boot(_) | VmError::Memory(_) | VmError::Disk(_)) => EX_USAGE,
         None => match error.downcast_ref::<AddressError>() {
             Some(AddressError::PortInUse { .. } | AddressError::PathInUse { .. }) => EX_UNAVAILABLE,
             _ => EX_USAGE,

@@ -109,8 +109,15 @@ pub(crate) fn demo() {
         ap_start: ApStart::Mailbox,
         protocol: None,
     };
-    let mut vm =
-        Vm::boot(VmConfig { memory: 64 * MIB, boot, console: Console::new(said.clone()), arm_hook: None }).unwrap();
+    let mut vm = Vm::boot(VmConfig {
+        memory: 64 * MIB,
+        boot,
+        console: Console::new(said.clone()),
+        disks: Vec::new(),
+        rng: false,
+        arm_hook: None,
+    })
+    .unwrap();
     run_until_said(&mut vm, &said, "tick");
     let symbols = Symbols::open(&Sources { kernel: Some(file.path()), ..Sources::default() }).unwrap();
     let comparison = at_random_stops(Bench::attach(vm, file.path()), symbols);
@@ -135,8 +142,15 @@ pub(crate) fn linux() {
         ap_start: ApStart::Mailbox,
         protocol: None,
     };
-    let mut vm =
-        Vm::boot(VmConfig { memory: 512 * MIB, boot, console: Console::new(said.clone()), arm_hook: None }).unwrap();
+    let mut vm = Vm::boot(VmConfig {
+        memory: 512 * MIB,
+        boot,
+        console: Console::new(said.clone()),
+        disks: Vec::new(),
+        rng: false,
+        arm_hook: None,
+    })
+    .unwrap();
     run_until_said(&mut vm, &said, "trapline-guest: tick 2");
     let vmlinux = debian().join("vmlinux");
     let symbols = Symbols::open(&Sources { kernel: Some(&vmlinux), ..Sources::default() }).unwrap();
