@@ -739,7 +739,7 @@ impl<C: Cpu> VcpuThread<C> {
         let Some(handler) = &hit.behind.handler else { return Disposition::Stop };
         let (owner, request, vcpu) = (hit.behind.owner, hit.behind.request, self.id);
         let (stored, state) = (hit.stored.as_ref(), &mut HitState(&mut self.cpu));
-        handler.call(&mut Hit { owner, request, vcpu, pc, stored, state })
+        handler.ask(&mut Hit { owner, request, vcpu, pc, stored, state })
     }
 
     /// What the handler of a port says about an access to it.
