@@ -1,5 +1,6 @@
 //! A guest under the debugger: the machine, its coordinator, and its memory.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,15 +11,15 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::{BootError, BootRequest, Entry};
 use crate::coordinator::{Coordinator, CoordinatorError, Kick};
 use crate::debug::{
-    Breakpoint, BreakpointError, Ending, Handler, INT3, Level, Notice, Offer, Owner, ResumePlan, Stop, StopReason,
-    VcpuId,
+    Breakpoint, BreakpointError, Ending, Handler, INT3, Level, Mechanism, Notice, Offer, Owner, PortHandler,
+    ResumePlan, Stop, StopReason, VcpuId,
 };
-use crate::devices::{Console, Serial, Shared};
-use crate::machine::{HostError, KvmGround, Machine, MachineError};
+use crate::devices::{Bus, Console, Serial, Shared};
+use crate::machine::{self, HostError, KvmGround, Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::paging::{self, Paging};
 use crate::probe;
-use crate::vcpu::{Activity, ArmHook, Registers, kick};
+use crate::vcpu::{Activity, ArmHook, Glance, Registers, kick};
 
 /// What to make a guest from.
 pub struct VmConfig<'a> {
@@ -69,8 +70,9 @@ pub struct Vm {
     serial: Shared<Serial>,
     entry: Entry,
     events: EventFd,
+    bus: Arc<Bus>,
     // Keeps the interrupt controllers alive for as long as devices raise lines.
-    _vm: Arc<VmFd>,
+    vm: Arc<VmFd>,
 }
 
 impl Vm {
@@ -94,7 +96,16 @@ impl Vm {
         .map_err(resources)?;
         let vm = Arc::new(machine.vm);
         coordinator.use_ground(Box::new(KvmGround::new(vm.clone(), ram.clone())), Offer::SLOTS);
-        Ok(Self { coordinator, ram, serial: machine.serial, entry: machine.entry, events, offered: false, _vm: vm })
+        Ok(Self {
+            coordinator,
+            ram,
+            serial: machine.serial,
+            entry: machine.entry,
+            events,
+            offered: false,
+            bus: machine.bus,
+            vm,
+        })
     }
 
     /// Readable whenever [`poll`](Self::poll) may have something to say.
@@ -247,6 +258,35 @@ impl Vm {
     /// What a parked vCPU is doing.
     pub fn activity(&mut self, vcpu: VcpuId) -> Result<Activity, CoordinatorError> {
         self.coordinator.activity(vcpu)
+    }
+
+    /// One look at a vCPU, whether it runs or not. A running one is kicked for it, which it hardly notices.
+    pub fn glance(&mut self, vcpu: VcpuId) -> Result<Glance, CoordinatorError> {
+        self.coordinator.glance(vcpu)
+    }
+
+    /// What serves `request` of `owner`; `None` if it waits for slots, or is not held.
+    pub fn mechanism(&self, owner: Owner, request: Breakpoint) -> Option<Mechanism> {
+        self.coordinator.mechanism(owner, request)
+    }
+
+    /// Has the handlers asked about each access to these ports, served by a device or not: of those that exit to
+    /// the VMM, which the ports of KVM's own devices do not. Belongs before the first resume, and works once.
+    pub fn trap_ports(&self, ports: BTreeMap<u16, PortHandler>) -> bool {
+        self.bus.trap_ports(ports)
+    }
+
+    /// Stops with [`StopReason::KernelEntry`] as soon as guest code runs at a kernel's addresses (the upper half)
+    /// and sets GS.base or the entry of SYSCALL there, which every 64-bit kernel does among its first instructions:
+    /// the moment from which the slide of a relocated kernel can be known. Said once; on a KVM that
+    /// cannot say it (before Linux 5.10) an error.
+    pub fn tell_kernel_entry(&self) -> io::Result<()> {
+        machine::tell_msr_writes(&self.vm)
+    }
+
+    /// No more of [`tell_kernel_entry`](Self::tell_kernel_entry): the MSRs are the guest's alone again.
+    pub fn kernel_entry_is_known(&self) -> io::Result<()> {
+        machine::tell_no_msr_writes(&self.vm)
     }
 
     /// Reads linear memory as `vcpu` sees it, without breakpoints (law 55); how many bytes could be read.

@@ -4,7 +4,9 @@
 use std::io;
 
 use super::{Activity, Registers};
-use crate::debug::{Crash, DebugExit, DebugImage, Dr7, General, GuestRegisters, Overlay, SLOTS, StopReason};
+use crate::debug::{
+    Crash, DebugExit, DebugImage, Dr7, General, GuestRegisters, Overlay, PortHandler, SLOTS, StopReason,
+};
 use crate::memory::DeviceStore;
 use crate::paging::Access;
 
@@ -266,6 +268,11 @@ pub trait Cpu {
     /// Whether an interrupt or NMI is on its way into the guest already, which nothing holds back.
     fn has_interrupt_on_its_way(&mut self) -> io::Result<bool> {
         Ok(false)
+    }
+
+    /// Who decides about accesses to this port.
+    fn port_handler(&self, _port: u16) -> Option<PortHandler> {
+        None
     }
 
     /// Called before the first entry after a park, if it is not for a step: tells a paravirtual clock that time was stolen.
