@@ -18,6 +18,14 @@ pub struct SourcePaths {
 }
 
 impl SourcePaths {
+    /// Those of the job that this process is part of, if GitHub Actions runs it: paths in its checkout.
+    pub fn of_github() -> Option<Self> {
+        let in_a_job = std::env::var("GITHUB_ACTIONS").is_ok_and(|value| value == "true");
+        in_a_job.then(|| {
+            std::env::var("GITHUB_WORKSPACE").map_or_else(|_| Self::default(), |path| Self::default().strip(&path))
+        })
+    }
+
     /// Paths below the directory `prefix` (where the kernel was built, or the checkout: `GITHUB_WORKSPACE`) become relative to
     /// it. Several may be named; the longest that fits counts.
     pub fn strip(mut self, prefix: &str) -> Self {

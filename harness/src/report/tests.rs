@@ -35,6 +35,79 @@ fn without_timing(mut value: Value) -> Value {
     value
 }
 
+/// The tags of a page: name, whether it opens or closes, where it begins and ends.
+fn tags(page: &str) -> Vec<(&str, bool, usize, usize)> {
+    let body = page.find("</style>").unwrap();
+    let tag = |(start, _): (usize, &str)| {
+        let end = start + page[start..].find('>').unwrap() + 1;
+        let inside = page[start + 1..end - 1].trim_end_matches('/');
+        let (opens, name) = inside.strip_prefix('/').map_or((true, inside), |name| (false, name));
+        (name.split([' ', '\n']).next().unwrap(), opens, start, end)
+    };
+    page[body..].match_indices('<').map(|(at, found)| tag((body + at, found))).collect()
+}
+
+/// Takes out every element with the attribute `data-timing`.
+fn without_timed_elements(page: &str) -> String {
+    let (mut kept, mut from, mut inside) = (String::new(), 0, None::<(&str, u32)>);
+    for (name, opens, start, end) in tags(page) {
+        match &mut inside {
+            None if opens && page[start..end].contains(" data-timing") => {
+                kept += &page[from..start];
+                inside = Some((name, 1));
+            }
+            Some((timed, depth)) if *timed == name => {
+                *depth = if opens { *depth + 1 } else { *depth - 1 };
+                if *depth == 0 {
+                    inside = None;
+                    from = end;
+                }
+            }
+            _ => {}
+        }
+    }
+    kept + &page[from..]
+}
+
+#[test]
+fn page() {
+    let page = text(|out| samples::fired().write_page(out));
+    insta::assert_snapshot!(page[page.find("<title>").unwrap()..]);
+}
+
+/// Whatever stands in a report, the page has the elements that we write, each closed where it belongs, and asks for
+/// nothing from anywhere.
+#[test]
+fn a_page_holds_hostile_words_where_they_are() {
+    let ours = "html head meta style title body header div span h1 h2 h3 p nav a main section dl dt dd code ol li svg line \
+                table thead tbody tr th td details summary b pre ul br footer";
+    let attributes = regex::Regex::new(concat!(
+        r#"^<[a-z0-9]+( (class|id|href|role|tabindex|viewBox|preserveAspectRatio|vector-effect|[xy][12])="[^"<>]*""#,
+        r"| data-timing| open)*/?>$"
+    ))
+    .unwrap();
+    for (name, report) in samples::all() {
+        let page = text(|out| report.write_page(out));
+        let mut open = Vec::new();
+        for (tag, opens, start, end) in tags(&page) {
+            let at = &page[start..].chars().take(80).collect::<String>();
+            assert!(ours.split_whitespace().any(|known| known == tag), "{name}: {at}");
+            assert!(!opens || attributes.is_match(&page[start..end]), "{name}: {at}");
+            match (opens, tag) {
+                _ if page[..end].ends_with("/>") => {}
+                (_, "br" | "meta") => {}
+                (true, _) => open.push(tag),
+                (false, "style" | "head" | "html") => {}
+                (false, _) => assert_eq!(open.pop(), Some(tag), "{name}: {at}"),
+            }
+        }
+        assert_eq!(open, [""; 0], "{name}");
+        assert!(!page.contains("http") || page.matches("http").count() == page.matches("http-equiv").count(), "{name}");
+        assert!(!page.contains("url(") && !page.contains("@import"), "{name}");
+        assert!(page.chars().all(|char| char == '\n' || char == '\t' || !char.is_control()), "{name}");
+    }
+}
+
 #[test]
 fn report_json() {
     insta::assert_snapshot!(text(|out| samples::fired().write_json(out)));
@@ -60,6 +133,10 @@ fn two_runs_differ_in_timing_only() {
 
         let junit = |report: &Report| times.replace_all(&text(|out| report.write_junit(out)), "").into_owned();
         assert_eq!(junit(&report), junit(&again), "{name}");
+
+        let page = |report: &Report| text(|out| report.write_page(out));
+        assert_ne!(page(&report), page(&again), "{name}");
+        assert_eq!(without_timed_elements(&page(&report)), without_timed_elements(&page(&again)), "{name}");
     }
 }
 

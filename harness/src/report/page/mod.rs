@@ -19,6 +19,12 @@ const OPEN_VCPUS: usize = 4;
 const OPEN_TESTS: usize = 40;
 const TIMELINE_TESTS: usize = 100;
 
+/// The order in which people look for registers; others follow by name.
+const REGISTERS: [&str; 18] = [
+    "rip", "rsp", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+    "r15", "rflags",
+];
+
 const HEAD: &str = concat!(
     "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n",
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n",
@@ -105,7 +111,11 @@ fn stop(page: &mut Html, report: &Report) {
     if let Some(change) = &stop.change {
         page.raw("<dt>Value</dt><dd>").element("code", words::change(change)).raw("</dd>");
     }
-    page.raw("<dt>When</dt><dd data-timing>").text(microseconds(stop.timing.at_us)).raw("</dd></dl>\n");
+    page.raw("<dt>When</dt><dd data-timing>").text(microseconds(stop.timing.at_us));
+    if marked_line(report).is_some() {
+        page.raw(", <a href=\"#marked\">then on the console</a>");
+    }
+    page.raw("</dd></dl>\n");
     if !stop.backtrace.is_empty() {
         page.raw("<h3>Backtrace").text(vcpu_of(stop)).raw("</h3>\n");
         frames(page, &stop.backtrace);
@@ -177,18 +187,20 @@ fn moments(report: &Report) -> Vec<Moment<'_>> {
 
 fn timeline(page: &mut Html, report: &Report) {
     let moments = moments(report);
-    let end = moments.last().map_or(1, |last| last.at_us.max(1));
+    let end = moments.last().map_or(0, |last| last.at_us);
     page.raw(
         "<div class=\"timeline\" data-timing>\n<svg viewBox=\"0 0 1000 44\" preserveAspectRatio=\"none\" role=\"img\">",
     );
     page.raw("<title>when what happened</title><line class=\"axis\" x1=\"0\" x2=\"1000\" y1=\"22\" y2=\"22\"/>");
-    for moment in &moments {
+    // What is bad is drawn last, and so over the others.
+    let (bad, others): (Vec<_>, Vec<_>) = moments.iter().partition(|moment| moment.class == "bad");
+    for moment in others.into_iter().chain(bad) {
         // Two units from either end, so that a mark there is whole.
-        let at = 2.0 + 996.0 * (moment.at_us as f64 / end as f64);
+        let at = format!("{:.1}", 2.0 + 996.0 * (moment.at_us as f64 / end.max(1) as f64));
         page.raw("<line class=\"at ")
             .text(moment.class)
-            .raw("\" vector-effect=\"non-scaling-stroke\" y1=\"8\" y2=\"36\" x1=\"");
-        page.text(format_args!("{at:.1}")).raw("\" x2=\"").text(format_args!("{at:.1}")).raw("\">");
+            .raw("\" vector-effect=\"non-scaling-stroke\" y1=\"8\" y2=\"36\"");
+        page.raw(" x1=\"").text(&at).raw("\" x2=\"").text(&at).raw("\">");
         page.element("title", format_args!("{}: {}", microseconds(moment.at_us), moment.what)).raw("</line>");
     }
     page.raw("</svg>\n<div class=\"ends faint\"><span>0</span><span>").text(microseconds(end)).raw("</span></div>\n");
@@ -241,7 +253,7 @@ fn one_vcpu(page: &mut Html, vcpu: &VcpuRecord, stopped_here: bool, open: bool) 
     page.raw(if open { "<details open><summary>" } else { "<details><summary>" });
     page.element("b", format_args!("vCPU {}", vcpu.vcpu)).raw(" ");
     if stopped_here {
-        page.element("span class=\"mark bad\"", "it is about this one").raw(" ");
+        page.element("span class=\"mark bad\"", "stopped here").raw(" ");
     }
     page.text(&vcpu.activity).raw(" at ").element("code", &vcpu.at);
     page.raw(" <span class=\"faint\">").text(format_args!("ring {}", vcpu.ring));
@@ -261,7 +273,10 @@ fn one_vcpu(page: &mut Html, vcpu: &VcpuRecord, stopped_here: bool, open: bool) 
         page.element("p class=\"faint\"", format_args!("It ends there: {why}"));
     }
     page.raw("<h3>Registers</h3>\n<div class=\"registers mono\">");
-    for (name, value) in &vcpu.registers {
+    let known = |name: &str| REGISTERS.iter().position(|known| *known == name).unwrap_or(REGISTERS.len());
+    let mut registers: Vec<_> = vcpu.registers.iter().collect();
+    registers.sort_by_key(|(name, _)| known(name));
+    for (name, value) in registers {
         page.raw("<span>").element("b", name).text(format_args!("{value:#018x}")).raw("</span>");
     }
     page.raw("</div></div></details>\n");
@@ -346,6 +361,13 @@ fn test_table(page: &mut Html, tests: &[&TestRecord]) {
     page.raw("</tbody></table></div>\n");
 }
 
+/// The number of the console's line that is marked, if it is among those that are shown.
+fn marked_line(report: &Report) -> Option<u64> {
+    let timing = &report.timing;
+    let shown = timing.console.len() as u64;
+    timing.console_line.filter(|line| (1..=shown).contains(&line.saturating_sub(timing.console_lines_before)))
+}
+
 fn console(page: &mut Html, report: &Report) {
     let timing = &report.timing;
     page.raw("<div data-timing>\n");
@@ -363,7 +385,7 @@ fn console(page: &mut Html, report: &Report) {
     }
     for (line, number) in timing.console.iter().zip(1u64..) {
         let number = timing.console_lines_before.saturating_add(number);
-        page.raw(if timing.console_line == Some(number) { "<div class=\"hit\">" } else { "<div>" });
+        page.raw(if marked_line(report) == Some(number) { "<div id=\"marked\">" } else { "<div>" });
         page.element("span class=\"no\"", number).element("span class=\"no\"", words::seconds(line.at_ms));
         page.element("span", &line.text).raw("</div>");
     }
