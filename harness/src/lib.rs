@@ -1,10 +1,11 @@
 //! Trapline without a person: what a run amounts to.
 //!
 //! A run ends with a [`Verdict`]; a script sees its exit code, a person its one line.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod files;
 pub mod report;
+pub mod symbols;
 mod verdict;
 pub mod vmcore;
 
