@@ -309,8 +309,14 @@ impl Vm {
     /// Reads guest-physical memory, without breakpoints; how many bytes could be read.
     pub fn read_physical(&self, addr: u64, into: &mut [u8]) -> usize {
         let got = paging::read_physical(self.ram.mem(), addr, into);
-        self.coordinator.image().hide_patches(addr, &mut into[..got]);
+        self.hide_breakpoints(addr, &mut into[..got]);
         got
+    }
+
+    /// Takes our breakpoints out of `bytes`, which were read from guest-physical memory at `addr` on: for whoever
+    /// reads [`ram`](Self::ram) at large.
+    pub fn hide_breakpoints(&self, addr: u64, bytes: &mut [u8]) {
+        self.coordinator.image().hide_patches(addr, bytes);
     }
 
     /// Writes guest-physical memory; whether all of it was RAM. If not, nothing was written.
