@@ -83,3 +83,121 @@ impl Guest<'_> {
         (self.memory.read(self.symbols.address(name)?, &mut bytes) == N).then_some(bytes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::symbols::Sources;
+
+    const SYSTEM_MAP: &str = "\
+ffffffff81000000 T _text
+ffffffff81000000 T _stext
+ffffffff81800000 R linux_banner
+ffffffff82000000 D init_top_pgt
+ffffffff82001000 D phys_base
+ffffffff82001008 D __pgtable_l5_enabled
+ffffffff82002000 D init_uts_ns
+ffffffff82003000 B vmcoreinfo_data
+ffffffff82004000 B vmcoreinfo_size
+ffffffff82005000 B _end
+";
+    const SLIDE: u64 = 0x1200_0000;
+    const TEXT: &[u8] = b"OSRELEASE=6.12.1\nPAGESIZE=4096\n";
+
+    /// Linear memory, in pieces; later ones lie over those before.
+    struct Pieces(Vec<(u64, Vec<u8>)>);
+
+    impl Memory for Pieces {
+        fn read(&self, address: u64, into: &mut [u8]) -> usize {
+            let found = self.0.iter().rev().find_map(|(start, bytes)| {
+                bytes.get(usize::try_from(address.checked_sub(*start)?).ok()?..).filter(|rest| !rest.is_empty())
+            });
+            let rest = found.unwrap_or_default();
+            let len = rest.len().min(into.len());
+            into[..len].copy_from_slice(&rest[..len]);
+            len
+        }
+    }
+
+    fn symbols() -> Symbols {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("System.map");
+        fs::write(&path, SYSTEM_MAP).unwrap();
+        Symbols::open(&Sources { symbols: &[path], ..Sources::default() }).unwrap().with_slide(SLIDE)
+    }
+
+    /// A kernel that has just begun.
+    fn young() -> Pieces {
+        let mut banner = b"Linux version 6.12.1-test (someone@somewhere) #1 SMP\n".to_vec();
+        banner.resize(256, 0);
+        let data = [(-0x20_0000_i64).to_le_bytes(), [1, 0, 0, 0, 0, 0, 0, 0]].concat();
+        let bss = vec![0; 0x2000];
+        let pieces = [(0xffff_ffff_8180_0000, banner), (0xffff_ffff_8200_1000, data), (0xffff_ffff_8200_3000, bss)];
+        Pieces(pieces.map(|(address, bytes)| (address + SLIDE, bytes)).to_vec())
+    }
+
+    /// One that has written down what it is.
+    fn grown(text: &[u8], len: u64) -> Pieces {
+        let mut memory = young();
+        memory.0.push((0xff11_0000_0000_1000, text.to_vec()));
+        memory.0.push((0xffff_ffff_8200_3000 + SLIDE, 0xff11_0000_0000_1000_u64.to_le_bytes().to_vec()));
+        memory.0.push((0xffff_ffff_8200_4000 + SLIDE, len.to_le_bytes().to_vec()));
+        memory
+    }
+
+    const LEAST: &str = "\
+OSRELEASE=6.12.1-test
+PAGESIZE=4096
+SYMBOL(init_uts_ns)=ffffffff94002000
+SYMBOL(_stext)=ffffffff93000000
+SYMBOL(swapper_pg_dir)=ffffffff94000000
+NUMBER(phys_base)=-2097152
+NUMBER(pgtable_l5_enabled)=1
+KERNELOFFSET=12000000
+";
+
+    fn said(memory: &Pieces) -> String {
+        String::from_utf8(vmcoreinfo(&symbols(), memory)).unwrap()
+    }
+
+    #[test]
+    fn before_the_kernel_has_it_the_least_is_made_from_symbols() {
+        assert_eq!(said(&young()), LEAST);
+    }
+
+    #[test]
+    fn the_kernels_own_is_taken_from_where_it_points_to() {
+        let memory = grown(TEXT, TEXT.len() as u64);
+        assert_eq!(said(&memory).as_bytes(), TEXT);
+        // An array: no pointer in between.
+        let mut memory = young();
+        memory.0.push((0xffff_ffff_8200_3000 + SLIDE, TEXT.to_vec()));
+        memory.0.push((0xffff_ffff_8200_4000 + SLIDE, (TEXT.len() as u64).to_le_bytes().to_vec()));
+        assert_eq!(said(&memory).as_bytes(), TEXT);
+    }
+
+    #[test]
+    fn what_cannot_be_the_kernels_own_is_not_taken() {
+        for len in [0, 3, TEXT.len() as u64 + 1, MOST, MOST + 1, u64::MAX] {
+            assert_eq!(said(&grown(TEXT, len)), LEAST, "{len}");
+        }
+        for text in [&b"OSRELEASE=\x1b[0m"[..], b"osrelease=6.12.1", b"OSRELEASE=\0\0"] {
+            assert_eq!(said(&grown(text, text.len() as u64)), LEAST, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn without_linux_there_is_none() {
+        assert_eq!(said(&Pieces(Vec::new())), "");
+        let mut other = young();
+        other.0[0].1 = b"Minix".repeat(100);
+        assert_eq!(said(&other), "");
+        other.0[0].1 = b"Linux version \xff\n\n (".repeat(100);
+        assert_eq!(said(&other), "");
+        assert_eq!(vmcoreinfo(&Symbols::none(), &grown(TEXT, TEXT.len() as u64)), b"");
+        // The slide is not known yet.
+        assert_eq!(vmcoreinfo(&symbols().with_slide(0), &grown(TEXT, TEXT.len() as u64)), b"");
+    }
+}
