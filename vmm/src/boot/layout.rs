@@ -16,8 +16,10 @@
 //! | `0x000A_0000` | `0x000E_0000`  | not listed | where PCs have VGA and option ROMs; backed by RAM, zero        |
 //! | `0x000E_0000` | `0x0010_0000`  | reserved   | ACPI tables, RSDP first: found by scanning as on a PC          |
 //! | `0x0010_0000` | 3 GiB at most  | RAM        | kernel; initrd at the top (Multiboot: right after the kernel)  |
+//! | `0xD000_0000` | `0xD000_8000`  | MMIO       | virtio devices, one page each: random bytes, then the disks    |
 //! | `0xFEC0_0000` |                | MMIO       | I/O APIC                                                       |
 //! | `0xFEE0_0000` |                | MMIO       | local APICs                                                    |
+//! | `0xFFFB_A000` | `0xFFFB_B000`  | not listed | exit register, see `devices/exit.rs`                           |
 //! | `0xFFFB_B000` | `0xFFFB_C000`  | ACPI NVS   | wakeup mailbox (wakeup mailbox only): registers, not RAM       |
 //! | `0xFFFB_C000` | `0xFFFC_0000`  | reserved   | pages that KVM needs on VT-x hosts without unrestricted guest  |
 //! | 4 GiB         |                | RAM        | what did not fit below 3 GiB                                   |
@@ -27,7 +29,8 @@
 
 use std::ops::Range;
 
-use crate::limits::PAGE_SIZE;
+use crate::devices::virtio::PLACES;
+use crate::limits::{PAGE_SIZE, PCI_HOLE_START};
 
 /// boot_params, hvm_start_info or Multiboot information: one page.
 pub const BOOT_INFO: u64 = 0x8_0000;
@@ -70,11 +73,16 @@ pub const ACPI_END: u64 = 0x10_0000;
 /// First byte of RAM above the first MiB.
 pub const HIGH_RAM_START: u64 = 0x10_0000;
 
+/// Registers of the virtio devices, one page for each place ([`PLACES`](crate::devices::virtio::PLACES)).
+pub const VIRTIO: u64 = 0xD000_0000;
+
 /// I/O APIC registers, as KVM's in-kernel irqchip has them.
 pub const IOAPIC: u64 = 0xFEC0_0000;
 /// Local APIC registers.
 pub const LOCAL_APIC: u64 = 0xFEE0_0000;
 
+/// The exit register: one page. No RAM.
+pub const EXIT_PAGE: u64 = 0xFFFB_A000;
 /// ACPI multiprocessor wakeup mailbox: one page (ACPI 6.5, 5.2.12.19). No RAM: a device sees what is written.
 pub const AP_MAILBOX: u64 = 0xFFFB_B000;
 /// For KVM_SET_IDENTITY_MAP_ADDR: one page (KVM API 4.41).
@@ -95,6 +103,8 @@ const _: () = {
     assert!(STACK_TOP - STACK_SIZE >= MODULES + PAGE_SIZE);
     assert!(CMDLINE + CMDLINE_SIZE <= NVS_START);
     assert!(AP_LOOP + PAGE_SIZE <= FACS && FACS + PAGE_SIZE <= NVS_END);
+    assert!(EXIT_PAGE + PAGE_SIZE <= AP_MAILBOX);
+    assert!(VIRTIO >= PCI_HOLE_START && VIRTIO + PLACES as u64 * PAGE_SIZE <= IOAPIC);
     assert!(AP_MAILBOX + PAGE_SIZE <= KVM_IDENTITY_MAP);
     assert!(KVM_IDENTITY_MAP + PAGE_SIZE <= KVM_TSS && KVM_TSS + 3 * PAGE_SIZE <= KVM_PAGES_END);
 };
