@@ -51,7 +51,7 @@ impl Supervisor {
         let mut vmcoreinfo = Vec::new();
         for n in 0..vcpus.len() as u32 {
             if vmcoreinfo.is_empty() {
-                vmcoreinfo = vmcore::vmcoreinfo(&self.symbols, &Seen::by(vm, VcpuId(n))?);
+                vmcoreinfo = vmcore::vmcoreinfo(self.symbols(), &Seen::by(vm, VcpuId(n))?);
             }
         }
         let hide = |gpa: u64, bytes: &mut [u8]| vm.hide_breakpoints(gpa, bytes);

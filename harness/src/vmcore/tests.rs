@@ -409,6 +409,29 @@ fn a_compressed_core_is_read_back() {
     assert_eq!((kdump.number(4096 + 32, 8), kdump.number(4096 + 40, 8)), (0, 0));
 }
 
+/// ELF counts its program headers in 16 bits.
+#[test]
+fn a_guest_that_maps_pages_all_over_still_has_a_core() {
+    let mut guest = Guest::new(4 * MIB);
+    for n in 0..70_000 {
+        // No two of them are neighbours in RAM.
+        guest.map(STACKS + n * PAGE, 3 * MIB + n % 2 * 2 * PAGE, false);
+    }
+    guest.put(3 * MIB, &[5]);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vmcore");
+    write(&guest.core("", &nothing), &path, Form::Elf).unwrap();
+    let elf = Elf::read(&path);
+    assert!(elf.segments.len() > 50_000, "{}", elf.segments.len());
+    assert_eq!((elf.at_physical(3 * MIB), elf.at_linear(STACKS)), (Some(5), Some(5)));
+    // Tables that lead to themselves.
+    for index in 0..512 {
+        guest.put(guest.vcpus[0].cr3 + index * 8, &(guest.vcpus[0].cr3 | 3).to_le_bytes());
+    }
+    write(&guest.core("", &nothing), &path, Form::Elf).unwrap();
+    assert_eq!(Elf::read(&path).at_physical(3 * MIB), Some(5));
+}
+
 /// RAM from 4 GiB on comes right behind that below the PCI hole, in both forms.
 #[test]
 fn the_pci_hole_is_no_part_of_a_core() {
@@ -459,8 +482,9 @@ proptest! {
         }
         let mut pages = BTreeMap::new();
         for (area, page, frame) in mapped {
-            // The second area lies where the direct map would go on, so that they may meet.
-            let base = [STACKS, DIRECT_MAP + 4 * MIB, IMAGE, 0xffff_ffff_ffc0_0000][area as usize];
+            // The second area goes on where the direct map ends, or takes its place with pages in any order.
+            let second = if direct { DIRECT_MAP + 4 * MIB } else { DIRECT_MAP };
+            let base = [STACKS, second, IMAGE, 0xffff_ffff_ffc0_0000][area as usize];
             let Some(gva) = base.checked_add(page * PAGE) else { continue };
             guest.map(gva, frame * PAGE, false);
             pages.insert(gva, frame * PAGE);

@@ -79,7 +79,9 @@ impl Guest {
             protocol: None,
         };
         let output = Console::new(Lines(console.clone()));
-        let vm = Vm::boot(VmConfig { memory: 512 * MIB, boot, console: output, arm_hook: None }).unwrap();
+        let vm =
+            Vm::boot(VmConfig { memory: 512 * MIB, boot, console: output, disks: vec![], rng: true, arm_hook: None })
+                .unwrap();
         let vmlinux = folder.join("vmlinux");
         let symbols = Symbols::open(&Sources { kernel: Some(&vmlinux), ..Sources::default() }).unwrap();
         Guest { vm, symbols, console }
