@@ -1,10 +1,12 @@
 //! The command line: what it takes, and what it refuses before anything is started.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use trapline_gdbstub_glue::Address;
+use trapline_harness::initramfs;
 use trapline_vmm::boot::{ApStart, Format};
 use trapline_vmm::devices::virtio::DiskConfig;
 use trapline_vmm::limits::{MAX_MEMORY, MAX_VCPUS, MIB, MIN_MEMORY};
@@ -14,16 +16,32 @@ const RUN_AFTER: &str = "\
 Examples:
   trapline run --gdb :1234 --wait
   trapline run vmlinuz --initrd initrd --cpus 2 --cmdline 'console=ttyS0 nokaslr' --gdb :1234 --wait
+  trapline run vmlinuz --initrd initrd --symbols vmlinux --trap panic --trap 'write:init_task.flags =log' \
+               --timeout 60s --report out
+  trapline run vmlinuz --timeout 60s --exec ./my-test some-argument -- --verbose
 
 Exit codes:
     0  the guest ended by itself, or the debugger killed it
-    1  the guest reported failure: it wrote a value other than 0 to port 0xf4
-    4  the guest's kernel panicked and told pvpanic
+    1  the guest reported failure: it wrote a value other than 0 to port 0xf4, or a failed test (TAP, KTAP)
+    3  a trap fired
+    4  the guest's kernel panicked: a trap on it, pvpanic, or the console says so
     5  --timeout was over
     6  the guest died: triple fault, or KVM could not go on
-   64  bad input: command line, kernel, initrd
-   69  this host cannot do it: no usable /dev/kvm, an occupied port
+    7  a trap with must-hit was never hit
+   64  bad input: command line, kernel, initrd, a trap, a place that cannot be written
+   69  this host cannot do it: no usable /dev/kvm, an occupied port, a trap that nothing serves here; or
+       all was well and the report could not be written
   130  Ctrl-A x; with another number from 129 on, a signal ended the run (128 + its number)";
+
+/// What the help of `plan` ends with.
+const PLAN_AFTER: &str = "\
+Takes what `run` takes, and says what would serve each trap on this host: a slot of the debug registers, a
+software breakpoint, a protected page, Trapline itself, or nothing.
+
+Exit codes:
+    0  every trap would be served
+   64  bad input, such as a symbol that is not there
+   69  this host cannot serve one of them";
 
 /// What the help of `doctor` ends with.
 const DOCTOR_AFTER: &str = "\
@@ -47,7 +65,10 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Boots a guest on KVM and runs it, under a gdb stub if asked to
     #[command(after_help = RUN_AFTER)]
-    Run(RunArgs),
+    Run(Box<RunArgs>),
+    /// Shows what the traps of a run would become, without running it
+    #[command(after_help = PLAN_AFTER)]
+    Plan(Box<PlanArgs>),
     /// Shows what this host's KVM can really do, as opposed to what it claims
     #[command(after_help = DOCTOR_AFTER)]
     Doctor(DoctorArgs),
@@ -79,9 +100,12 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) initrd: Option<PathBuf>,
 
-    /// Kernel command line
-    #[arg(long, value_name = "STRING", default_value = "", hide_default_value = true)]
-    pub(crate) cmdline: String,
+    #[command(flatten)]
+    pub(crate) made: MadeInitrd,
+
+    /// Kernel command line [default: empty; with --exec or --rootfs 'console=ttyS0 panic=-1 reboot=t']
+    #[arg(long, value_name = "STRING")]
+    pub(crate) cmdline: Option<String>,
 
     /// Raw disk image or block device, as the next virtio disk (/dev/vda, ..); FILE,ro: not to be written
     #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk)]
@@ -115,6 +139,9 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = parse_console)]
     pub(crate) console: ConsoleTarget,
 
+    #[command(flatten)]
+    pub(crate) headless: HeadlessArgs,
+
     /// How the other vCPUs are started
     #[arg(long, value_name = "HOW", default_value = "sipi")]
     pub(crate) ap_start: ApStartArg,
@@ -124,7 +151,91 @@ pub(crate) struct RunArgs {
     pub(crate) boot_protocol: Option<FormatArg>,
 }
 
+/// What a run that nobody watches is asked for.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Traps and reports")]
+pub(crate) struct HeadlessArgs {
+    /// A trap: what to watch, when, and what to do then; docs/traps.md has the grammar
+    #[arg(long = "trap", value_name = "RULE", allow_hyphen_values = true)]
+    pub(crate) traps: Vec<String>,
+
+    /// Traps from a TOML file
+    #[arg(long = "traps", value_name = "FILE")]
+    pub(crate) trap_files: Vec<PathBuf>,
+
+    /// Symbols: vmlinux, its debug file, System.map, a module [default: the kernel's own]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) symbols: Vec<PathBuf>,
+
+    /// Write a report into this directory: a page, JSON, JUnit, console, and a core to come back to with `trapline open`
+    #[arg(long, value_name = "DIR")]
+    pub(crate) report: Option<PathBuf>,
+
+    /// Write JUnit XML
+    #[arg(long, value_name = "FILE")]
+    pub(crate) junit: Option<PathBuf>,
+
+    /// Write what happens as it happens, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    pub(crate) events: Option<PathBuf>,
+
+    /// Write the guest's memory and registers, for gdb, drgn and crash, if the run does not pass
+    #[arg(long, value_name = "FILE")]
+    pub(crate) vmcore: Option<PathBuf>,
+
+    /// Compress the core: kdump's format, which crash and drgn read, and gdb does not
+    #[arg(long)]
+    pub(crate) compress: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+
+    /// For machines: one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// An initrd that is made for this run.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Initial RAM disk made for the run")]
+pub(crate) struct MadeInitrd {
+    /// Boot Linux to run this program; its exit status ends the run. ARGs that begin with - go behind --
+    #[arg(long, value_names = ["PROGRAM", "ARG"], num_args = 1.., conflicts_with = "initrd")]
+    pub(crate) exec: Vec<OsString>,
+
+    /// Make this directory the guest's /, with its own /init, or to run --exec's PROGRAM of it
+    #[arg(long, value_name = "DIR", conflicts_with = "initrd")]
+    pub(crate) rootfs: Option<PathBuf>,
+
+    /// Load this kernel module (.ko, also .xz, .zst, .gz) before the program runs; may be repeated, in that order
+    #[arg(long, value_name = "FILE", requires = "exec")]
+    pub(crate) module: Vec<PathBuf>,
+
+    /// More arguments for --exec's PROGRAM
+    #[arg(last = true, value_name = "ARG", requires = "exec")]
+    pub(crate) exec_args: Vec<OsString>,
+}
+
+impl MadeInitrd {
+    /// Whether one is to be made.
+    pub(crate) fn is_wanted(&self) -> bool {
+        !self.exec.is_empty() || self.rootfs.is_some()
+    }
+}
+
 impl RunArgs {
+    /// The kernel command line, with its default.
+    pub(crate) fn cmdline(&self) -> &str {
+        match &self.cmdline {
+            Some(cmdline) => cmdline,
+            None if self.made.is_wanted() => initramfs::CMDLINE,
+            None => "",
+        }
+    }
+
     /// The kernel, whichever way it was given.
     pub(crate) fn kernel(&self) -> Option<&PathBuf> {
         self.kernel.as_ref().or(self.kernel_option.as_ref())
@@ -251,6 +362,29 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    fn run_args(line: &str) -> Result<RunArgs, String> {
+        let words = ["trapline", "run"].into_iter().chain(line.split(' '));
+        match Cli::try_parse_from(words).map_err(|error| error.to_string())?.command {
+            Command::Run(args) => Ok(*args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_program_and_its_arguments() {
+        let args = run_args("vmlinuz --exec ./test one two --cpus 2 -- --three -4").unwrap();
+        assert_eq!(args.made.exec, ["./test", "one", "two"]);
+        assert_eq!(args.made.exec_args, ["--three", "-4"]);
+        assert_eq!((args.cpus(), args.cmdline()), (2, initramfs::CMDLINE));
+        let args = run_args("--kernel vmlinuz --cmdline quiet --exec ./test -- -v").unwrap();
+        assert_eq!(args.made.exec, ["./test"]);
+        assert_eq!((args.made.exec_args, args.cmdline), (vec!["-v".into()], Some("quiet".to_owned())));
+        assert_eq!(run_args("vmlinuz").unwrap().cmdline(), "");
+        for bad in ["v --exec t --initrd i", "v --rootfs d --initrd i", "v --module m", "v -- x", "v --exec"] {
+            assert!(run_args(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

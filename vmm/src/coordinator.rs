@@ -561,6 +561,12 @@ impl Coordinator {
         vcpus.into_iter().find(|&vcpu| self.was_resumed(vcpu)).unwrap_or(VcpuId(0))
     }
 
+    /// How each vCPU was resumed last.
+    pub fn last_plan(&self) -> ResumePlan {
+        let plan = ResumePlan::all(self.vcpus.len(), RunMode::Parked);
+        (0..).zip(&self.vcpus).fold(plan, |plan, (n, vcpu)| plan.with(VcpuId(n), vcpu.mode))
+    }
+
     /// What a parked vCPU is doing.
     pub fn activity(&mut self, vcpu: VcpuId) -> Result<Activity, CoordinatorError> {
         match self.ask_stopped(vcpu, Request::ReadActivity)? {

@@ -250,6 +250,11 @@ impl Vm {
         }
     }
 
+    /// How the guest was resumed last.
+    pub fn last_plan(&self) -> ResumePlan {
+        self.coordinator.last_plan()
+    }
+
     /// Looks for a stop, without waiting; the world is parked when there is one.
     pub fn poll(&mut self) -> Result<Option<Stop>, CoordinatorError> {
         // Emptied before the look, so that what comes later wakes the poller again.
@@ -330,8 +335,14 @@ impl Vm {
     /// Reads linear memory as `vcpu` sees it, without breakpoints (law 55); how many bytes could be read.
     pub fn read_memory(&mut self, vcpu: VcpuId, addr: u64, into: &mut [u8]) -> Result<usize, CoordinatorError> {
         let paging = Paging::from(&self.registers(vcpu)?);
+        Ok(self.read_linear(&paging, addr, into))
+    }
+
+    /// Reads linear memory through page tables that are known already, without breakpoints; how many bytes could be read.
+    /// It waits for nobody.
+    pub fn read_linear(&self, paging: &Paging, addr: u64, into: &mut [u8]) -> usize {
         let image = self.coordinator.image();
-        Ok(paging.read_shown(self.ram.mem(), addr, into, |gpa, bytes| image.hide_patches(gpa, bytes)))
+        paging.read_shown(self.ram.mem(), addr, into, |gpa, bytes| image.hide_patches(gpa, bytes))
     }
 
     /// Writes linear memory as `vcpu` sees it; whether all of it was there. If not, nothing was written.
@@ -349,6 +360,11 @@ impl Vm {
         let got = paging::read_physical(self.ram.mem(), addr, into);
         self.coordinator.image().hide_patches(addr, &mut into[..got]);
         got
+    }
+
+    /// Takes the breakpoints out of what was read of guest memory from `gpa` on.
+    pub fn hide_breakpoints(&self, gpa: u64, bytes: &mut [u8]) {
+        self.coordinator.image().hide_patches(gpa, bytes);
     }
 
     /// Writes guest-physical memory; whether all of it was RAM. If not, nothing was written.
