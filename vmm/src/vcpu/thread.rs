@@ -244,6 +244,13 @@ impl<C: Cpu> VcpuThread<C> {
                 self.step_over();
                 Ok(Reply::Done)
             }
+            Request::TellDeviceStores => {
+                if let State::Running(mode) = self.state {
+                    self.settle();
+                    self.tell_device_stores(mode);
+                }
+                Ok(Reply::Done)
+            }
             Request::ReadRegisters => self.cpu.registers().map(|r| Reply::Registers(Box::new(r))),
             Request::WriteRegisters(registers) => {
                 // Writing registers drops what KVM latched for the step (law 7).
@@ -690,6 +697,14 @@ impl<C: Cpu> VcpuThread<C> {
         } else if arrival.is_some() {
             self.tell_step(mode);
         }
+    }
+
+    /// As [`triggered`](Self::triggered), by what is not this vCPU's doing: a crossing that was told at
+    /// `pc` stays told.
+    pub(super) fn triggered_elsewhere(&mut self, hits: Vec<Found>, pc: u64, mode: RunMode) {
+        let told = self.told;
+        self.triggered(hits, None, pc, mode);
+        self.told = told;
     }
 
     /// Whose trap it was, the step's own slots aside.
