@@ -14,11 +14,11 @@ use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_MP_STATE_RUNNABLE, KVM_MSR_EXIT_REASON_FILTER, KVM_PIT_SPEAKER_DUMMY,
     Msrs, kvm_cpuid_entry2, kvm_enable_cap, kvm_lapic_state, kvm_mp_state, kvm_pit_config, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
 
 use crate::boot::{self, BootError, BootRequest, CpuState, Entry, layout};
 use crate::cpuid::{self, Topology};
-use crate::devices::{Bus, Console, Pc, Serial, Shared, serial};
+use crate::devices::{Bus, Console, Pc, Serial, Shared, serial, virtio};
 use crate::memory::{GuestRam, Slot};
 use crate::memslots::Change;
 use crate::msrs;
@@ -115,10 +115,11 @@ impl Machine {
         ram: &GuestRam,
         request: &BootRequest<'_>,
         console: Console,
+        virtio: &virtio::Devices,
         arm_hook: impl Fn(u32) -> Option<ArmHook>,
     ) -> Result<Self, MachineError> {
         // Everything that is wrong with the input is said before anything is asked of the host.
-        let entry = boot::load(ram, request)?;
+        let entry = boot::load_with(ram, request, &virtio.places())?;
         let kvm = open_kvm()?;
         let max = kvm.get_max_vcpus();
         if request.cpus as usize > max {
@@ -129,9 +130,13 @@ impl Machine {
             set_memory_region(&vm, ram, Change { slot, read_only: false })
                 .map_err(|error| HostError::Setup { step: "map guest memory", error })?;
         }
-        let pc = Pc::new(ram, request.cpus as u8, console).map_err(|error| MachineError::Device(error.to_string()))?;
+        let pc = Pc::new(ram, request.cpus as u8, console, virtio)
+            .map_err(|error| MachineError::Device(error.to_string()))?;
         let irq = pc.com1.lock().irq().map_err(|error| MachineError::Device(error.to_string()))?;
         setup("connect the console's interrupt", vm.register_irqfd(&irq, serial::COM1_IRQ))?;
+        for device in virtio.iter() {
+            connect(&vm, device)?;
+        }
         let supported = setup("list its CPUID", kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
         let topology = Topology { cpus: request.cpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) };
         let mut cpus = Vec::new();
@@ -143,6 +148,13 @@ impl Machine {
         }
         Ok(Self { vm, cpus, bus: pc.bus, serial: pc.com1, entry })
     }
+}
+
+/// Interrupt and kick of a virtio device go through KVM alone (KVM API 4.75, 4.59).
+fn connect(vm: &VmFd, device: &virtio::Device) -> Result<(), HostError> {
+    setup("connect a virtio device's interrupt", vm.register_irqfd(device.irq(), device.place.gsi))?;
+    let notify = IoEventAddress::Mmio(device.place.address + virtio::NOTIFY);
+    setup("connect a virtio device's kick", vm.register_ioevent(device.kick(), &notify, 0u32))
 }
 
 /// KVM_SET_USER_MEMORY_REGION (KVM API 4.35), for a slot that maps a part of `ram`.

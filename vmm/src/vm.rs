@@ -14,6 +14,7 @@ use crate::debug::{
     Breakpoint, BreakpointError, Ending, Handler, INT3, Level, Mechanism, Notice, Offer, Owner, PortHandler,
     ResumePlan, Stop, StopReason, VcpuId,
 };
+use crate::devices::virtio::{self, Backend, Disk, DiskConfig, DiskError, Entropy};
 use crate::devices::{Bus, Console, Serial, Shared};
 use crate::machine::{self, HostError, KvmGround, Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
@@ -29,6 +30,10 @@ pub struct VmConfig<'a> {
     pub boot: BootRequest<'a>,
     /// Where the console's output goes.
     pub console: Console,
+    /// Its disks, in the order in which the guest is to find them.
+    pub disks: Vec<DiskConfig>,
+    /// Whether it has a source of random bytes (virtio-rng).
+    pub rng: bool,
     /// For tests: asked before each vCPU is armed, so that an ioctl can be made to fail.
     pub arm_hook: Option<Arc<dyn Fn(VcpuId) -> io::Result<()> + Send + Sync>>,
 }
@@ -45,6 +50,9 @@ pub enum VmError {
     /// The memory cannot be had.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// A disk cannot be attached.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Threads, eventfds.
     #[error("cannot start the machine: {0}; raise the limits of open files and threads (ulimit -n, ulimit -u)")]
     Resources(String),
@@ -60,6 +68,13 @@ impl From<MachineError> for VmError {
     }
 }
 
+/// The virtio devices, each with the place that it has.
+fn backends(disks: Vec<Disk>, rng: bool) -> Vec<(u32, Box<dyn Backend>)> {
+    let rng = rng.then(|| (virtio::ENTROPY_SLOT, Box::new(Entropy) as Box<dyn Backend>));
+    let disks = (virtio::ENTROPY_SLOT + 1..).zip(disks).map(|(slot, disk)| (slot, Box::new(disk) as Box<dyn Backend>));
+    rng.into_iter().chain(disks).collect()
+}
+
 /// A guest under the debugger. Made stopped, before its first instruction.
 pub struct Vm {
     // Dropped first: its threads use everything below.
@@ -68,6 +83,7 @@ pub struct Vm {
     offered: bool,
     ram: GuestRam,
     serial: Shared<Serial>,
+    virtio: virtio::Devices,
     entry: Entry,
     events: EventFd,
     bus: Arc<Bus>,
@@ -80,11 +96,13 @@ impl Vm {
     pub fn boot(config: VmConfig<'_>) -> Result<Self, VmError> {
         let resources = |error: io::Error| VmError::Resources(error.to_string());
         let ram = GuestRam::new(config.memory)?;
+        let disks = Disk::open_all(&config.disks)?;
+        let virtio = virtio::Devices::start(&ram, backends(disks, config.rng)).map_err(resources)?;
         let hook = |n: u32| -> Option<ArmHook> {
             let hook = config.arm_hook.clone()?;
             Some(Arc::new(move |_| hook(VcpuId(n))))
         };
-        let machine = Machine::new(&ram, &config.boot, config.console, hook)?;
+        let machine = Machine::new(&ram, &config.boot, config.console, &virtio, hook)?;
         kick::install().map_err(resources)?;
         let events = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(resources)?;
         let notify = Arc::new(events.try_clone().map_err(resources)?);
@@ -95,11 +113,15 @@ impl Vm {
         })
         .map_err(resources)?;
         let vm = Arc::new(machine.vm);
-        coordinator.use_ground(Box::new(KvmGround::new(vm.clone(), ram.clone())), Offer::SLOTS);
+        let ground = KvmGround::new(vm.clone(), ram.clone()).with_devices(virtio.bus().clone());
+        coordinator.use_ground(Box::new(ground), Offer::SLOTS);
+        let bell = events.try_clone().map_err(resources)?;
+        ram.on_device_store(move || _ = bell.write(1));
         Ok(Self {
             coordinator,
             ram,
             serial: machine.serial,
+            virtio,
             entry: machine.entry,
             events,
             offered: false,
@@ -116,6 +138,11 @@ impl Vm {
     /// The console's input side.
     pub fn serial(&self) -> &Shared<Serial> {
         &self.serial
+    }
+
+    /// The disks and the source of random bytes.
+    pub fn virtio(&self) -> &virtio::Devices {
+        &self.virtio
     }
 
     /// What was loaded and where.
@@ -214,6 +241,11 @@ impl Vm {
         self.coordinator.resume(plan)
     }
 
+    /// How the guest was resumed last.
+    pub fn last_plan(&self) -> ResumePlan {
+        self.coordinator.last_plan()
+    }
+
     /// Looks for a stop, without waiting; the world is parked when there is one.
     pub fn poll(&mut self) -> Result<Option<Stop>, CoordinatorError> {
         // Emptied before the look, so that what comes later wakes the poller again.
@@ -292,8 +324,14 @@ impl Vm {
     /// Reads linear memory as `vcpu` sees it, without breakpoints (law 55); how many bytes could be read.
     pub fn read_memory(&mut self, vcpu: VcpuId, addr: u64, into: &mut [u8]) -> Result<usize, CoordinatorError> {
         let paging = Paging::from(&self.registers(vcpu)?);
+        Ok(self.read_linear(&paging, addr, into))
+    }
+
+    /// Reads linear memory through page tables that are known already, without breakpoints; how many bytes could be read.
+    /// It waits for nobody.
+    pub fn read_linear(&self, paging: &Paging, addr: u64, into: &mut [u8]) -> usize {
         let image = self.coordinator.image();
-        Ok(paging.read_shown(self.ram.mem(), addr, into, |gpa, bytes| image.hide_patches(gpa, bytes)))
+        paging.read_shown(self.ram.mem(), addr, into, |gpa, bytes| image.hide_patches(gpa, bytes))
     }
 
     /// Writes linear memory as `vcpu` sees it; whether all of it was there. If not, nothing was written.
@@ -311,6 +349,11 @@ impl Vm {
         let got = paging::read_physical(self.ram.mem(), addr, into);
         self.coordinator.image().hide_patches(addr, &mut into[..got]);
         got
+    }
+
+    /// Takes the breakpoints out of what was read of guest memory from `gpa` on.
+    pub fn hide_breakpoints(&self, gpa: u64, bytes: &mut [u8]) {
+        self.coordinator.image().hide_patches(gpa, bytes);
     }
 
     /// Writes guest-physical memory; whether all of it was RAM. If not, nothing was written.

@@ -76,7 +76,8 @@ impl Booted {
             protocol: None,
         };
         let output = Console::new(Lines(console.clone()));
-        let vm = Vm::boot(VmConfig { memory: 64 * MIB, boot, console: output, arm_hook }).unwrap();
+        let vm =
+            Vm::boot(VmConfig { memory: 64 * MIB, boot, console: output, disks: vec![], rng: true, arm_hook }).unwrap();
         Booted { vm, image, console }
     }
 
