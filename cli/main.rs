@@ -72,6 +72,8 @@ fn severity(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<VmError>() {
         Some(VmError::Host(_) | VmError::Resources(_)) => EX_UNAVAILABLE,
         Some(VmError::Boot(_) | VmError::Memory(_)) => EX_USAGE,
+        Some(VmError::Restore(error)) if error.is_of_this_host() => EX_UNAVAILABLE,
+        Some(VmError::Restore(_)) => EX_USAGE,
         None => match error.downcast_ref::<AddressError>() {
             Some(AddressError::PortInUse { .. } | AddressError::PathInUse { .. }) => EX_UNAVAILABLE,
             _ => EX_USAGE,

@@ -34,6 +34,7 @@ use crate::debug::{
 };
 use crate::ground::{Ground, NoGround};
 use crate::limits::{ACK_DEADLINE, KICK_INTERVAL, MAX_WATCHED, QUIT_DEADLINE};
+use crate::state::VcpuState;
 use crate::sync::{Arc, Deadline, Missed, mpsc, thread};
 use crate::vcpu::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
 use crate::vcpu::thread::VcpuThread;
@@ -111,8 +112,8 @@ pub struct Coordinator {
     world: World,
     /// Stops that happened and were not told yet, oldest first (law 14).
     pending: VecDeque<Stop>,
-    /// Set by a stop after which the guest cannot go on.
-    ending: Option<Ending>,
+    /// A stop that was told, after which the guest cannot go on.
+    ending: Option<Stop>,
     /// Registers of parked vCPUs, as far as somebody has asked. Valid while the world stands.
     registers: Vec<Option<Registers>>,
     /// vCPUs that must step over a patch.
@@ -430,7 +431,7 @@ impl Coordinator {
             World::Over(_) => return Err(CoordinatorError::Ended),
             World::Stopped => {}
         }
-        if let Some(ending) = self.ending.take() {
+        if let Some(ending) = self.take_ending() {
             return Ok(Some(self.end(ending)));
         }
         if let Some(stop) = self.take_pending(|vcpu| plan.mode(vcpu) != RunMode::Parked) {
@@ -533,6 +534,48 @@ impl Coordinator {
         self.ask_stopped(vcpu, Request::WriteRegisters(Box::new(*registers))).map(|_| ())
     }
 
+    /// Everything that each parked vCPU is.
+    pub fn save(&mut self) -> Result<Vec<VcpuState>, CoordinatorError> {
+        self.must_be_stopped()?;
+        let answers = self.ask_each(vec![Request::Save; self.vcpus.len()], ACK_DEADLINE);
+        let state = |(n, answer): (usize, Result<Reply, CoordinatorError>)| match answer? {
+            Reply::State(state) => Ok(*state),
+            other => Err(CoordinatorError::vcpu_error(VcpuId(n as u32), format!("unexpected answer {other:?}"))),
+        };
+        answers.into_iter().enumerate().map(state).collect()
+    }
+
+    /// Makes each parked vCPU what was saved: one state for each. Stops that were not told are gone, and `stops` are to be
+    /// told when their vCPUs are resumed.
+    ///
+    /// # Errors
+    /// If a vCPU cannot be made that. None of them is fit to run then.
+    pub fn restore(&mut self, states: Vec<VcpuState>, stops: Vec<Stop>) -> Result<(), CoordinatorError> {
+        self.must_be_stopped()?;
+        let requests: Vec<_> = states.into_iter().map(|state| Request::Restore(Box::new(state))).collect();
+        if requests.len() != self.vcpus.len() {
+            let vcpu = VcpuId(requests.len().min(self.vcpus.len()) as u32);
+            return Err(CoordinatorError::NoSuchVcpu { vcpu });
+        }
+        self.registers.fill(None);
+        self.alone.forget();
+        (self.ending, self.pending) = (None, stops.into());
+        self.ask_each(requests, ACK_DEADLINE).into_iter().try_for_each(|answer| answer.map(|_| ()))
+    }
+
+    /// The stops that were not told yet, and the one that was told last if the guest cannot go on after it.
+    pub fn stops(&self) -> impl Iterator<Item = &Stop> {
+        self.ending.iter().chain(&self.pending)
+    }
+
+    fn must_be_stopped(&self) -> Result<(), CoordinatorError> {
+        match self.world {
+            World::Stopped => Ok(()),
+            World::Running => Err(CoordinatorError::Running),
+            World::Over(_) => Err(CoordinatorError::Ended),
+        }
+    }
+
     fn was_resumed(&self, vcpu: VcpuId) -> bool {
         self.vcpus[vcpu.index()].mode != RunMode::Parked
     }
@@ -574,7 +617,7 @@ impl Coordinator {
         let forgetting: Vec<VcpuId> = (0..self.vcpus.len() as u32).map(VcpuId).filter(forget).collect();
         forgetting.into_iter().for_each(|vcpu| self.untell(vcpu));
         let mut started = Ok(());
-        match self.ending.take() {
+        match self.take_ending() {
             Some(ending) => _ = self.end(ending),
             None if self.ended().is_none() => {
                 started = self.start(&ResumePlan::all(self.vcpus.len(), RunMode::Continue), waits);
@@ -590,6 +633,10 @@ impl Coordinator {
         if self.ended().is_none() {
             self.end(Ending::Killed);
         }
+    }
+
+    fn take_ending(&mut self) -> Option<Ending> {
+        self.ending.take().and_then(|stop| ending_of(&stop.reason))
     }
 
     fn end(&mut self, ending: Ending) -> Stop {
@@ -621,7 +668,7 @@ impl Coordinator {
         self.drop_removed();
         let at = self.pending.iter().position(|stop| may(stop.vcpu))?;
         let stop = self.pending.remove(at)?;
-        self.ending = self.ending.take().or_else(|| ending_of(&stop.reason));
+        self.ending = self.ending.take().or_else(|| ending_of(&stop.reason).map(|_| stop.clone()));
         let cancelled: Vec<VcpuId> =
             self.pending.iter().filter(|other| other.reason == StopReason::Step).map(|other| other.vcpu).collect();
         self.pending.retain(|other| other.reason != StopReason::Step);
@@ -657,11 +704,8 @@ impl Coordinator {
     }
 
     fn ask_stopped(&mut self, vcpu: VcpuId, request: Request) -> Result<Reply, CoordinatorError> {
-        match self.world {
-            World::Stopped => self.ask(vcpu, request),
-            World::Running => Err(CoordinatorError::Running),
-            World::Over(_) => Err(CoordinatorError::Ended),
-        }
+        self.must_be_stopped()?;
+        self.ask(vcpu, request)
     }
 
     fn ask(&mut self, vcpu: VcpuId, request: Request) -> Result<Reply, CoordinatorError> {
@@ -857,6 +901,7 @@ mod tests {
             Ok(Reply::Done) => Ok(Reply::Done),
             Ok(Reply::Registers(registers)) => Ok(Reply::Registers(registers.clone())),
             Ok(Reply::Activity(activity)) => Ok(Reply::Activity(*activity)),
+            Ok(Reply::State(state)) => Ok(Reply::State(state.clone())),
             Ok(Reply::Located(found)) => Ok(Reply::Located(found.clone())),
             Err(error) => Err(error.clone()),
         };

@@ -1,5 +1,7 @@
 //! A guest under the debugger: the machine, its coordinator, and its memory.
 
+mod saved;
+
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,12 +15,15 @@ use crate::debug::{
     Breakpoint, BreakpointError, Ending, Handler, INT3, Level, Notice, Offer, Owner, ResumePlan, Stop, StopReason,
     VcpuId,
 };
-use crate::devices::{Console, Serial, Shared};
+use crate::devices::{Console, Pc, Serial, Shared};
 use crate::machine::{HostError, KvmGround, Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::paging::{self, Paging};
 use crate::probe;
+use crate::state::{CpuidLeaf, RestoreError};
 use crate::vcpu::{Activity, ArmHook, Registers, kick};
+
+pub use saved::RestoreConfig;
 
 /// What to make a guest from.
 pub struct VmConfig<'a> {
@@ -29,8 +34,11 @@ pub struct VmConfig<'a> {
     /// Where the console's output goes.
     pub console: Console,
     /// For tests: asked before each vCPU is armed, so that an ioctl can be made to fail.
-    pub arm_hook: Option<Arc<dyn Fn(VcpuId) -> io::Result<()> + Send + Sync>>,
+    pub arm_hook: Option<VcpuHook>,
 }
+
+/// Asked before a vCPU is armed.
+pub type VcpuHook = Arc<dyn Fn(VcpuId) -> io::Result<()> + Send + Sync>;
 
 /// Why there is no guest. The severity is the caller's to decide.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +52,9 @@ pub enum VmError {
     /// The memory cannot be had.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// It cannot be restored from the state that was given.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
     /// Threads, eventfds.
     #[error("cannot start the machine: {0}; raise the limits of open files and threads (ulimit -n, ulimit -u)")]
     Resources(String),
@@ -55,7 +66,16 @@ impl From<MachineError> for VmError {
             MachineError::Host(error) => VmError::Host(error),
             MachineError::Boot(error) => VmError::Boot(error),
             MachineError::Device(error) => VmError::Resources(error),
+            MachineError::Restore(error) => VmError::Restore(error),
         }
+    }
+}
+
+/// The hook for each vCPU.
+fn hook_for(hook: Option<VcpuHook>) -> impl Fn(u32) -> Option<ArmHook> {
+    move |n| {
+        let hook = hook.clone()?;
+        Some(Arc::new(move |_| hook(VcpuId(n))))
     }
 }
 
@@ -66,23 +86,25 @@ pub struct Vm {
     /// The coordinator knows what this host serves beyond the slots.
     offered: bool,
     ram: GuestRam,
-    serial: Shared<Serial>,
+    pc: Pc,
+    cpuid: Vec<Vec<CpuidLeaf>>,
     entry: Entry,
     events: EventFd,
     // Keeps the interrupt controllers alive for as long as devices raise lines.
-    _vm: Arc<VmFd>,
+    kvm: Arc<VmFd>,
 }
 
 impl Vm {
     /// Makes the machine and loads the kernel. No guest code has run when this returns.
     pub fn boot(config: VmConfig<'_>) -> Result<Self, VmError> {
-        let resources = |error: io::Error| VmError::Resources(error.to_string());
         let ram = GuestRam::new(config.memory)?;
-        let hook = |n: u32| -> Option<ArmHook> {
-            let hook = config.arm_hook.clone()?;
-            Some(Arc::new(move |_| hook(VcpuId(n))))
-        };
-        let machine = Machine::new(&ram, &config.boot, config.console, hook)?;
+        let machine = Machine::new(&ram, &config.boot, config.console, hook_for(config.arm_hook))?;
+        Self::around(machine, ram)
+    }
+
+    /// The machine as its users have it, parked.
+    fn around(machine: Machine, ram: GuestRam) -> Result<Self, VmError> {
+        let resources = |error: io::Error| VmError::Resources(error.to_string());
         kick::install().map_err(resources)?;
         let events = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(resources)?;
         let notify = Arc::new(events.try_clone().map_err(resources)?);
@@ -94,7 +116,8 @@ impl Vm {
         .map_err(resources)?;
         let vm = Arc::new(machine.vm);
         coordinator.use_ground(Box::new(KvmGround::new(vm.clone(), ram.clone())), Offer::SLOTS);
-        Ok(Self { coordinator, ram, serial: machine.serial, entry: machine.entry, events, offered: false, _vm: vm })
+        let Machine { pc, cpuid, entry, .. } = machine;
+        Ok(Self { coordinator, ram, pc, cpuid, entry, events, offered: false, kvm: vm })
     }
 
     /// Readable whenever [`poll`](Self::poll) may have something to say.
@@ -104,7 +127,7 @@ impl Vm {
 
     /// The console's input side.
     pub fn serial(&self) -> &Shared<Serial> {
-        &self.serial
+        &self.pc.com1
     }
 
     /// What was loaded and where.

@@ -6,6 +6,7 @@
 
 use super::{Activity, Registers};
 use crate::debug::{DebugImage, Notice, Piece, RunMode, Stop, VcpuId};
+use crate::state::VcpuState;
 use crate::sync::Arc;
 
 /// From the coordinator to one vCPU thread.
@@ -35,6 +36,10 @@ pub(crate) enum Request {
     ReadActivity,
     /// Translate each of these linear ranges, `(addr, len)`.
     Locate(Vec<(u64, u64)>),
+    /// Say everything that the vCPU is.
+    Save,
+    /// Be what was saved.
+    Restore(Box<VcpuState>),
     /// Disarm everything and end the thread.
     Quit,
 }
@@ -61,6 +66,7 @@ pub(crate) enum Reply {
     Done,
     Registers(Box<Registers>),
     Activity(Activity),
+    State(Box<VcpuState>),
     /// For each range its pieces in guest-physical memory; `None` if not all of it is mapped.
     Located(Vec<Option<Located>>),
 }
