@@ -1,10 +1,12 @@
 //! The command line: what it takes, and what it refuses before anything is started.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use trapline_gdbstub_glue::Address;
+use trapline_harness::initramfs;
 use trapline_vmm::boot::{ApStart, Format};
 use trapline_vmm::limits::{MAX_MEMORY, MAX_VCPUS, MIB, MIN_MEMORY};
 
@@ -13,6 +15,7 @@ const RUN_AFTER: &str = "\
 Examples:
   trapline run --gdb :1234 --wait
   trapline run vmlinuz --initrd initrd --cpus 2 --cmdline 'console=ttyS0 nokaslr' --gdb :1234 --wait
+  trapline run vmlinuz --timeout 60s --exec ./my-test some-argument -- --verbose
 
 Exit codes:
     0  the guest ended by itself, or the debugger killed it
@@ -46,7 +49,7 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Boots a guest on KVM and runs it, under a gdb stub if asked to
     #[command(after_help = RUN_AFTER)]
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Shows what this host's KVM can really do, as opposed to what it claims
     #[command(after_help = DOCTOR_AFTER)]
     Doctor(DoctorArgs),
@@ -78,9 +81,12 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) initrd: Option<PathBuf>,
 
-    /// Kernel command line
-    #[arg(long, value_name = "STRING", default_value = "", hide_default_value = true)]
-    pub(crate) cmdline: String,
+    #[command(flatten)]
+    pub(crate) made: MadeInitrd,
+
+    /// Kernel command line [default: empty; with --exec or --rootfs 'console=ttyS0 panic=-1 reboot=t']
+    #[arg(long, value_name = "STRING")]
+    pub(crate) cmdline: Option<String>,
 
     /// Number of vCPUs [default: 1, or 2 for the built-in guest]
     #[arg(long, value_name = "N", value_parser = parse_cpus)]
@@ -119,7 +125,44 @@ pub(crate) struct RunArgs {
     pub(crate) boot_protocol: Option<FormatArg>,
 }
 
+/// An initrd that is made for this run.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Initial RAM disk made for the run")]
+pub(crate) struct MadeInitrd {
+    /// Boot Linux to run this program; its exit status ends the run. ARGs that begin with - go behind --
+    #[arg(long, value_names = ["PROGRAM", "ARG"], num_args = 1.., conflicts_with = "initrd")]
+    pub(crate) exec: Vec<OsString>,
+
+    /// Make this directory the guest's /, with its own /init, or to run --exec's PROGRAM of it
+    #[arg(long, value_name = "DIR", conflicts_with = "initrd")]
+    pub(crate) rootfs: Option<PathBuf>,
+
+    /// Load this kernel module (.ko, also .xz, .zst, .gz) before the program runs; may be repeated, in that order
+    #[arg(long, value_name = "FILE", requires = "exec")]
+    pub(crate) module: Vec<PathBuf>,
+
+    /// More arguments for --exec's PROGRAM
+    #[arg(last = true, value_name = "ARG", requires = "exec")]
+    pub(crate) exec_args: Vec<OsString>,
+}
+
+impl MadeInitrd {
+    /// Whether one is to be made.
+    pub(crate) fn is_wanted(&self) -> bool {
+        !self.exec.is_empty() || self.rootfs.is_some()
+    }
+}
+
 impl RunArgs {
+    /// The kernel command line, with its default.
+    pub(crate) fn cmdline(&self) -> &str {
+        match &self.cmdline {
+            Some(cmdline) => cmdline,
+            None if self.made.is_wanted() => initramfs::CMDLINE,
+            None => "",
+        }
+    }
+
     /// The kernel, whichever way it was given.
     pub(crate) fn kernel(&self) -> Option<&PathBuf> {
         self.kernel.as_ref().or(self.kernel_option.as_ref())
@@ -238,6 +281,29 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    fn run_args(line: &str) -> Result<RunArgs, String> {
+        let words = ["trapline", "run"].into_iter().chain(line.split(' '));
+        match Cli::try_parse_from(words).map_err(|error| error.to_string())?.command {
+            Command::Run(args) => Ok(*args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_program_and_its_arguments() {
+        let args = run_args("vmlinuz --exec ./test one two --cpus 2 -- --three -4").unwrap();
+        assert_eq!(args.made.exec, ["./test", "one", "two"]);
+        assert_eq!(args.made.exec_args, ["--three", "-4"]);
+        assert_eq!((args.cpus(), args.cmdline()), (2, initramfs::CMDLINE));
+        let args = run_args("--kernel vmlinuz --cmdline quiet --exec ./test -- -v").unwrap();
+        assert_eq!(args.made.exec, ["./test"]);
+        assert_eq!((args.made.exec_args, args.cmdline), (vec!["-v".into()], Some("quiet".to_owned())));
+        assert_eq!(run_args("vmlinuz").unwrap().cmdline(), "");
+        for bad in ["v --exec t --initrd i", "v --rootfs d --initrd i", "v --module m", "v -- x", "v --exec"] {
+            assert!(run_args(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

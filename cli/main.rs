@@ -3,6 +3,7 @@
 mod args;
 mod console;
 mod doctor;
+mod initrd;
 mod log;
 mod run;
 mod stub;

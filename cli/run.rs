@@ -26,6 +26,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::args::{ConsoleTarget, RunArgs};
 use crate::console;
+use crate::initrd;
 use crate::stub::Stub;
 use crate::terminal::RawTerminal;
 
@@ -75,13 +76,16 @@ fn boot(args: &RunArgs) -> anyhow::Result<Vm> {
         File::open(path).with_context(|| format!("cannot open the {what} {}; check the path", path.display()))
     };
     let kernel = args.kernel().map(|path| open("kernel", path)).transpose()?;
-    let initrd = args.initrd.as_deref().map(|path| open("initrd", path)).transpose()?;
+    let initrd = match &args.initrd {
+        Some(path) => Some(open("initrd", path)?),
+        None => initrd::make(args)?,
+    };
     let name = args.kernel().map_or("demo".into(), |path| path.to_string_lossy());
     let boot = BootRequest {
         kernel: kernel.as_ref().map_or(Image::Bytes(trapline_guests::demo()), Image::File),
         name: &name,
         initrd: initrd.as_ref().map(Image::File),
-        cmdline: &args.cmdline,
+        cmdline: args.cmdline(),
         cpus: args.cpus(),
         ap_start: args.ap_start.into(),
         protocol: args.boot_protocol.map(Into::into),

@@ -11,10 +11,11 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-/// One guest: its linker script and what is linked.
+/// One guest, or a program that runs in one: its linker script and what is linked.
 struct Guest {
     name: &'static str,
-    script: &'static str,
+    /// `None`: the linker's own, for a program of Linux user space.
+    script: Option<&'static str>,
     /// Macros for the linker script and options for the linker.
     script_flags: &'static [&'static str],
     link_flags: &'static [&'static str],
@@ -71,6 +72,8 @@ const FIXTURE: &[Source] = &[
     source("fixture/faults.S"),
 ];
 
+const INIT: &[Source] = &[source("init/init.c")];
+
 const ACTS: &[Source] = &[source("acts/acts.c")];
 
 /// What the guests that are entered in 32-bit mode share.
@@ -83,25 +86,26 @@ const GUESTS: &[Guest] = &[
     bare_metal("fixture", "fixture/fixture.ld", &[SMP, FIXTURE]),
     Guest {
         name: "multiboot32",
-        script: "formats/format.ld",
+        script: Some("formats/format.ld"),
         script_flags: &[],
         link_flags: &["-Wl,--oformat,elf32-i386"],
         parts: &[MULTIBOOT_ENTRY, FORMAT, PLAIN_TABLES],
     },
     Guest {
         name: "multiboot64",
-        script: "formats/format.ld",
+        script: Some("formats/format.ld"),
         script_flags: &[],
         link_flags: &[],
         parts: &[MULTIBOOT_ENTRY, FORMAT, PLAIN_TABLES],
     },
     Guest {
         name: "pvh",
-        script: "formats/format.ld",
+        script: Some("formats/format.ld"),
         script_flags: &["-DPVH"],
         link_flags: &[],
         parts: &[PVH_ENTRY, FORMAT, PLAIN_TABLES],
     },
+    Guest { name: "init", script: None, script_flags: &[], link_flags: &["-Wl,-s"], parts: &[INIT] },
 ];
 
 const MULTIBOOT_ENTRY: &[Source] = &[Source { path: "formats/entry32.S", flags: &["-DMULTIBOOT"] }];
@@ -110,11 +114,11 @@ const PVH_ENTRY: &[Source] = &[Source { path: "formats/entry32.S", flags: &["-DP
 
 /// An ELF64 for the VMM's bare-metal handoff.
 const fn bare_metal(name: &'static str, script: &'static str, parts: &'static [&'static [Source]]) -> Guest {
-    Guest { name, script, script_flags: &[], link_flags: &[], parts }
+    Guest { name, script: Some(script), script_flags: &[], link_flags: &[], parts }
 }
 
 /// Directories with sources.
-const TREES: &[&str] = &["acts", "common", "demo", "fixture", "formats"];
+const TREES: &[&str] = &["acts", "common", "demo", "fixture", "formats", "init"];
 
 const COMPILE: &[&str] = &[
     "-m64",
@@ -232,25 +236,21 @@ impl Toolchain {
 
     /// Links one guest. Linker scripts may use the guests' header files.
     fn link(&self, guest: &Guest, objects: &[PathBuf]) -> Outcome<()> {
-        let script = self.out.join(guest.name).with_extension("ld");
-        let mut command = self.command();
-        command
-            .args(["-E", "-P", "-undef", "-x", "c", "-Icommon"])
-            .args(guest.script_flags)
-            .args([guest.script, "-o"])
-            .arg(&script);
-        self.run(command, guest.script)?;
-
-        let mut command = self.command();
-        command
-            .args(LINK)
-            .args(guest.link_flags)
-            .arg("-T")
-            .arg(&script)
-            .args(objects)
-            .arg("-o")
-            .arg(self.out.join(guest.name).with_extension("elf"));
-        self.run(command, guest.name)
+        let mut link = self.command();
+        link.args(LINK).args(guest.link_flags);
+        if let Some(source) = guest.script {
+            let script = self.out.join(guest.name).with_extension("ld");
+            let mut command = self.command();
+            command
+                .args(["-E", "-P", "-undef", "-x", "c", "-Icommon"])
+                .args(guest.script_flags)
+                .args([source, "-o"])
+                .arg(&script);
+            self.run(command, source)?;
+            link.arg("-T").arg(script);
+        }
+        link.args(objects).arg("-o").arg(self.out.join(guest.name).with_extension("elf"));
+        self.run(link, guest.name)
     }
 
     fn command(&self) -> Command {

@@ -49,7 +49,9 @@ pub(crate) fn stop_reply(stop: &Stop, software: bool, offer: Offer, registers: O
             let inside = addr.checked_sub(request.addr).is_some_and(|offset| offset < request.len);
             (Signal::Trap, Cause::Watch(request.on, if inside { *addr } else { request.addr }))
         }
-        StopReason::Step | StopReason::CannotStep(_) => (Signal::Trap, Cause::None),
+        StopReason::Step | StopReason::CannotStep(_) | StopReason::Port(_) | StopReason::KernelEntry => {
+            (Signal::Trap, Cause::None)
+        }
         StopReason::Interrupted => (Signal::Int, Cause::None),
         StopReason::GuestExit(_) | StopReason::GuestShutdown { .. } => (Signal::Term, Cause::None),
         StopReason::GuestPanic => (Signal::Abort, Cause::None),
@@ -148,6 +150,8 @@ pub(crate) fn words(stop: &Stop) -> Option<String> {
         StopReason::Ended(Ending::Crash(crash)) => format!("the run is over: {crash}"),
         StopReason::Ended(Ending::Killed) => "the run is over: killed".to_owned(),
         StopReason::CannotStep(why) => format!("{vcpu} cannot be stepped: {why}"),
+        StopReason::Port(access) => format!("{vcpu}: {access}"),
+        StopReason::KernelEntry => format!("{vcpu}: guest code has come to the kernel's addresses"),
         StopReason::Breakpoint(_) | StopReason::Watchpoint { .. } | StopReason::Step | StopReason::Interrupted => {
             return None;
         }

@@ -40,6 +40,17 @@ pub fn demo() -> &'static [u8] {
     include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"))
 }
 
+/// PID 1 for a Linux guest that runs one program: a static executable, to be `/init` of an initramfs.
+///
+/// The head of `init/init.c` says what it reads and what it does. If the machine does not take the program's exit
+/// status, it prints [`INIT_EXIT_LINE`] with the status behind and powers off.
+pub fn init() -> &'static [u8] {
+    include_bytes!(concat!(env!("OUT_DIR"), "/init.elf"))
+}
+
+/// What stands before the status, in decimal, in the last line that [`init`] prints where nothing took the status.
+pub const INIT_EXIT_LINE: &str = "trapline-init: exit ";
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests;

@@ -46,6 +46,8 @@ impl Verdict {
             | StopReason::Watchpoint { .. }
             | StopReason::Step
             | StopReason::CannotStep(_)
+            | StopReason::Port(_)
+            | StopReason::KernelEntry
             | StopReason::Interrupted => None,
         }
     }

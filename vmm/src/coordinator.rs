@@ -38,7 +38,7 @@ use crate::state::VcpuState;
 use crate::sync::{Arc, Deadline, Missed, mpsc, thread};
 use crate::vcpu::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
 use crate::vcpu::thread::VcpuThread;
-use crate::vcpu::{Activity, Cpu, Registers};
+use crate::vcpu::{Activity, Cpu, Glance, Registers};
 
 /// Interrupts a vCPU thread that may be inside KVM_RUN.
 pub type Kick = Box<dyn Fn(&thread::JoinHandle<()>) + Send>;
@@ -595,6 +595,14 @@ impl Coordinator {
         }
     }
 
+    /// One look at a vCPU, which may be running.
+    pub fn glance(&mut self, vcpu: VcpuId) -> Result<Glance, CoordinatorError> {
+        match self.ask(vcpu, Request::Glance)? {
+            Reply::Glance(glance) => Ok(glance),
+            other => Err(CoordinatorError::vcpu_error(vcpu, format!("unexpected answer {other:?}"))),
+        }
+    }
+
     /// Drops everything that `level` armed and every stop of it that was not told, and lets the
     /// guest go on: what a client leaves behind is nothing (law 71). Stops of other levels, and what
     /// the guest itself did, are still to be told; their vCPUs wait for that.
@@ -607,7 +615,11 @@ impl Coordinator {
         }
         let is_left = |stop: &Stop| match stop.owner {
             Some(owner) => owner.level != level,
-            None => ending_of(&stop.reason).is_some() || stop.reason == StopReason::GuestPanic,
+            None => {
+                let is_told_anyway =
+                    matches!(stop.reason, StopReason::GuestPanic | StopReason::KernelEntry | StopReason::Port(_));
+                is_told_anyway || ending_of(&stop.reason).is_some()
+            }
         };
         let (left, dropped): (Vec<Stop>, Vec<Stop>) = self.pending.drain(..).partition(is_left);
         let waits = |vcpu: VcpuId| left.iter().any(|stop| stop.vcpu == vcpu);
@@ -857,6 +869,8 @@ fn ending_of(reason: &StopReason) -> Option<Ending> {
         StopReason::Ended(ending) => Some(ending.clone()),
         StopReason::Breakpoint(_)
         | StopReason::Watchpoint { .. }
+        | StopReason::Port(_)
+        | StopReason::KernelEntry
         | StopReason::Step
         | StopReason::CannotStep(_)
         | StopReason::Interrupted
@@ -900,6 +914,7 @@ mod tests {
         let result = match &answer.result {
             Ok(Reply::Done) => Ok(Reply::Done),
             Ok(Reply::Registers(registers)) => Ok(Reply::Registers(registers.clone())),
+            Ok(Reply::Glance(glance)) => Ok(Reply::Glance(*glance)),
             Ok(Reply::Activity(activity)) => Ok(Reply::Activity(*activity)),
             Ok(Reply::State(state)) => Ok(Reply::State(state.clone())),
             Ok(Reply::Located(found)) => Ok(Reply::Located(found.clone())),

@@ -11,10 +11,11 @@ use std::io;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_X86_TRIPLE_FAULT_EVENT,
-    KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_cpuid_entry2,
-    kvm_enable_cap, kvm_lapic_state, kvm_mp_state, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_MP_STATE_RUNNABLE,
+    KVM_MSR_EXIT_REASON_FILTER, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_cpuid_entry2, kvm_enable_cap, kvm_lapic_state,
+    kvm_mp_state, kvm_pit_config, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
 
 use crate::boot::{self, BootError, BootRequest, CpuState, Entry, layout};
 use crate::cpuid::{self, Topology};
@@ -205,6 +206,29 @@ pub(crate) fn set_memory_region(vm: &VmFd, ram: &GuestRam, change: Change) -> io
     // SAFETY: the range lies in a mapping of `ram`, as was just looked up. Every vCPU, the ground and
     // the `Vm` keep a clone of it, and nothing else lives in it.
     Ok(unsafe { vm.set_user_memory_region(region) }?)
+}
+
+/// The guest's writes to GS.base and LSTAR exit (KVM API 4.97, KVM_X86_SET_MSR_FILTER).
+pub(crate) fn tell_msr_writes(vm: &VmFd) -> io::Result<()> {
+    const FIRST: u32 = 0xc000_0080;
+    const LSTAR: u32 = 0xc000_0082;
+    const GS_BASE: u32 = 0xc000_0101;
+    let mut enable = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
+    enable.args[0] = KVM_MSR_EXIT_REASON_FILTER.into();
+    vm.enable_cap(&enable)?;
+    let mut allowed = [0xff; 17];
+    for msr in [LSTAR, GS_BASE] {
+        let bit = msr - FIRST;
+        allowed[bit as usize / 8] &= !(1 << (bit % 8));
+    }
+    let msr_count = allowed.len() as u32 * 8;
+    let range = MsrFilterRange { flags: MsrFilterRangeFlags::WRITE, base: FIRST, msr_count, bitmap: &allowed };
+    Ok(vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[range])?)
+}
+
+/// None of the guest's writes to MSRs exit.
+pub(crate) fn tell_no_msr_writes(vm: &VmFd) -> io::Result<()> {
+    Ok(vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[])?)
 }
 
 pub(crate) fn new_vm(kvm: &Kvm) -> Result<VmFd, HostError> {

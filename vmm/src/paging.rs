@@ -11,6 +11,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Volati
 
 use crate::vcpu::Registers;
 
+mod extents;
+
+pub use extents::{Extent, Half};
+
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
@@ -128,8 +132,11 @@ impl Paging {
         let directory = entry_32(memory, (self.cr3 & 0xffff_f000) + (gva >> 22) * 4)?;
         if self.cr4 & CR4_PSE != 0 && directory & HUGE != 0 {
             let offset = gva & 0x3f_ffff;
-            let base = (directory & 0xffc0_0000) | ((directory >> 13) & 0xff) << 32;
-            return Some(Mapping { gpa: base | offset, left: 0x40_0000 - offset, user: directory & USER != 0 });
+            return Some(Mapping {
+                gpa: large_32(directory) | offset,
+                left: 0x40_0000 - offset,
+                user: directory & USER != 0,
+            });
         }
         let table = entry_32(memory, (directory & 0xffff_f000) + (gva >> 12 & 0x3ff) * 4)?;
         let offset = gva & 0xfff;
@@ -291,6 +298,11 @@ fn walk_64(
     None
 }
 
+/// The 4 MiB page that an entry of four bytes maps (PSE-36).
+fn large_32(entry: u64) -> u64 {
+    (entry & 0xffc0_0000) | ((entry >> 13) & 0xff) << 32
+}
+
 fn entry_64(memory: &GuestMemoryMmap, at: u64) -> Option<u64> {
     let entry: u64 = memory.read_obj(GuestAddress(at)).ok()?;
     (entry & PRESENT != 0).then_some(entry)
@@ -358,16 +370,16 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn memory() -> GuestMemoryMmap {
+    pub(super) fn memory() -> GuestMemoryMmap {
         // Two regions with a hole between them, as around the PCI hole.
         GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x40_0000), (GuestAddress(0x80_0000), 0x10_0000)]).unwrap()
     }
 
-    fn put(memory: &GuestMemoryMmap, at: u64, entry: u64) {
+    pub(super) fn put(memory: &GuestMemoryMmap, at: u64, entry: u64) {
         memory.write_obj(entry, GuestAddress(at)).unwrap();
     }
 
-    const LONG: Paging = Paging { cr0: CR0_PG | CR0_PE, cr3: 0x1000, cr4: CR4_PAE, efer: EFER_LMA };
+    pub(super) const LONG: Paging = Paging { cr0: CR0_PG | CR0_PE, cr3: 0x1000, cr4: CR4_PAE, efer: EFER_LMA };
 
     #[test]
     fn four_levels_and_every_page_size() {

@@ -2,6 +2,7 @@
 
 mod saved;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,16 +13,16 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::{BootError, BootRequest, Entry};
 use crate::coordinator::{Coordinator, CoordinatorError, Kick};
 use crate::debug::{
-    Breakpoint, BreakpointError, Ending, Handler, INT3, Level, Notice, Offer, Owner, ResumePlan, Stop, StopReason,
-    VcpuId,
+    Breakpoint, BreakpointError, Ending, Handler, INT3, Level, Mechanism, Notice, Offer, Owner, PortHandler,
+    ResumePlan, Stop, StopReason, VcpuId,
 };
 use crate::devices::{Console, Pc, Serial, Shared};
-use crate::machine::{HostError, KvmGround, Machine, MachineError};
+use crate::machine::{self, HostError, KvmGround, Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::paging::{self, Paging};
 use crate::probe;
 use crate::state::{CpuidLeaf, RestoreError};
-use crate::vcpu::{Activity, ArmHook, Registers, kick};
+use crate::vcpu::{Activity, ArmHook, Glance, Registers, kick};
 
 pub use saved::RestoreConfig;
 
@@ -91,7 +92,7 @@ pub struct Vm {
     entry: Entry,
     events: EventFd,
     // Keeps the interrupt controllers alive for as long as devices raise lines.
-    kvm: Arc<VmFd>,
+    vm: Arc<VmFd>,
 }
 
 impl Vm {
@@ -117,7 +118,7 @@ impl Vm {
         let vm = Arc::new(machine.vm);
         coordinator.use_ground(Box::new(KvmGround::new(vm.clone(), ram.clone())), Offer::SLOTS);
         let Machine { pc, cpuid, entry, .. } = machine;
-        Ok(Self { coordinator, ram, pc, cpuid, entry, events, offered: false, kvm: vm })
+        Ok(Self { coordinator, ram, pc, cpuid, entry, events, offered: false, vm })
     }
 
     /// Readable whenever [`poll`](Self::poll) may have something to say.
@@ -270,6 +271,35 @@ impl Vm {
     /// What a parked vCPU is doing.
     pub fn activity(&mut self, vcpu: VcpuId) -> Result<Activity, CoordinatorError> {
         self.coordinator.activity(vcpu)
+    }
+
+    /// One look at a vCPU, whether it runs or not. A running one is kicked for it, which it hardly notices.
+    pub fn glance(&mut self, vcpu: VcpuId) -> Result<Glance, CoordinatorError> {
+        self.coordinator.glance(vcpu)
+    }
+
+    /// What serves `request` of `owner`; `None` if it waits for slots, or is not held.
+    pub fn mechanism(&self, owner: Owner, request: Breakpoint) -> Option<Mechanism> {
+        self.coordinator.mechanism(owner, request)
+    }
+
+    /// Has the handlers asked about each access to these ports, served by a device or not: of those that exit to
+    /// the VMM, which the ports of KVM's own devices do not. Belongs before the first resume, and works once.
+    pub fn trap_ports(&self, ports: BTreeMap<u16, PortHandler>) -> bool {
+        self.pc.bus.trap_ports(ports)
+    }
+
+    /// Stops with [`StopReason::KernelEntry`] as soon as guest code runs at a kernel's addresses (the upper half)
+    /// and sets GS.base or the entry of SYSCALL there, which every 64-bit kernel does among its first instructions:
+    /// the moment from which the slide of a relocated kernel can be known. Said once; on a KVM that
+    /// cannot say it (before Linux 5.10) an error.
+    pub fn tell_kernel_entry(&self) -> io::Result<()> {
+        machine::tell_msr_writes(&self.vm)
+    }
+
+    /// No more of [`tell_kernel_entry`](Self::tell_kernel_entry): the MSRs are the guest's alone again.
+    pub fn kernel_entry_is_known(&self) -> io::Result<()> {
+        machine::tell_no_msr_writes(&self.vm)
     }
 
     /// Reads linear memory as `vcpu` sees it, without breakpoints (law 55); how many bytes could be read.

@@ -14,6 +14,7 @@ pub const SCHEMA: u32 = 1;
 
 /// One run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Report {
     /// [`SCHEMA`].
     pub schema: u32,
@@ -39,6 +40,7 @@ pub struct Report {
 
 /// The part of a [`Report`] that depends on the moment.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ReportTiming {
     /// When the run began: seconds since 1970, UTC.
     pub started: u64,
@@ -50,15 +52,18 @@ pub struct ReportTiming {
     pub recent: Vec<HitRecord>,
     /// The console's last lines.
     pub console: Vec<ConsoleLine>,
-    /// Lines of the console that are not among these any more.
+    /// Lines of the console that are not among these any more. The first of `console` is the line after them.
     pub console_lines_before: u64,
+    /// The line of the console, counted from 1, that was the last at the stop, or that a `console:` trap was about.
+    pub console_line: Option<u64>,
 }
 
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct VerdictRecord {
-    /// `pass`, `guest-failed`, `trap`, `panic`, `timeout`, `died`, `must-hit`, `killed`.
-    pub kind: String,
+    /// In a word.
+    pub kind: VerdictKind,
     /// The exit code of `trapline run`.
     pub exit_code: u8,
     /// One line for a person.
@@ -69,8 +74,32 @@ pub struct VerdictRecord {
     pub trap: Option<usize>,
 }
 
+/// How a run ended, in a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "kebab-case")]
+pub enum VerdictKind {
+    /// The guest ended by itself, with status 0.
+    Pass,
+    /// The guest gave a status that is not 0.
+    GuestFailed,
+    /// A trap fired.
+    Trap,
+    /// The guest's kernel panicked or oopsed.
+    Panic,
+    /// The time was over.
+    Timeout,
+    /// The guest could not go on, as by a triple fault.
+    Died,
+    /// A trap that was to be hit was not.
+    MustHit,
+    /// A debugger or a signal ended it.
+    Killed,
+}
+
 /// What was run.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Input {
     /// The kernel's path as it was given.
     pub kernel: String,
@@ -96,6 +125,7 @@ pub struct Input {
 
 /// One rule and what became of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct TrapRecord {
     /// The rule as it was written.
     pub rule: String,
@@ -105,14 +135,28 @@ pub struct TrapRecord {
     pub action: String,
     /// What it watches and how.
     pub targets: Vec<TargetRecord>,
-    /// `passed` (never hit, or hit as it was to be), `fired` (it ended the run), `missed` (must-hit, and was not).
-    pub outcome: String,
+    /// What came of it.
+    pub outcome: Outcome,
     /// What differs from run to run.
     pub timing: TrapTiming,
 }
 
+/// What came of a trap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// It was not hit, or hit as it was to be.
+    Passed,
+    /// It ended the run.
+    Fired,
+    /// It was to be hit (`must-hit`) and was not.
+    Missed,
+}
+
 /// The part of a [`TrapRecord`] that depends on the moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct TrapTiming {
     /// How often it was hit with its condition true, on each vCPU.
     pub hits: Vec<u64>,
@@ -122,6 +166,7 @@ pub struct TrapTiming {
 
 /// One address (or other source) of a trap.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct TargetRecord {
     /// Symbol with offset, module in front; or `console`, `hang`, `triple-fault`, `port 0x..`.
     pub what: String,
@@ -136,6 +181,7 @@ pub struct TargetRecord {
 
 /// One hit of a trap.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct HitRecord {
     /// Index into [`Report::traps`].
     pub trap: usize,
@@ -155,6 +201,7 @@ pub struct HitRecord {
 
 /// The part of a [`HitRecord`] that depends on the moment.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct HitTiming {
     /// Microseconds since the first guest instruction.
     pub at_us: u64,
@@ -166,6 +213,7 @@ pub struct HitTiming {
 
 /// Value of a variable before and after a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Change {
     /// Before, little-endian, zero-extended.
     pub old: u64,
@@ -175,6 +223,7 @@ pub struct Change {
 
 /// The world when it was stopped for good.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct StopRecord {
     /// Why, in a line.
     pub reason: String,
@@ -194,6 +243,7 @@ pub struct StopRecord {
 
 /// The part of a [`StopRecord`] that depends on the moment.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct StopTiming {
     /// Microseconds since the first guest instruction.
     pub at_us: u64,
@@ -203,6 +253,7 @@ pub struct StopTiming {
 
 /// One vCPU at a stop.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct VcpuRecord {
     /// Its number.
     pub vcpu: u32,
@@ -226,6 +277,7 @@ pub struct VcpuRecord {
 
 /// One function of a backtrace, innermost first. An inlined one has a record of its own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct FrameRecord {
     /// Its name; the address in hex if it has none.
     pub function: String,
@@ -237,12 +289,26 @@ pub struct FrameRecord {
     pub inlined: bool,
     /// Source line.
     pub source: Option<Source>,
-    /// `call`, `interrupt` (the frame that an interrupt or exception left) or `user`.
-    pub kind: String,
+    /// How the one inside of it came to be.
+    pub kind: FrameKind,
+}
+
+/// What a frame is to the one inside of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "kebab-case")]
+pub enum FrameKind {
+    /// It has called it; or it is the innermost.
+    Call,
+    /// It was interrupted by it.
+    Interrupt,
+    /// The program in user space.
+    User,
 }
 
 /// A place in the source.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Source {
     /// Path as the compiler saw it.
     pub file: String,
@@ -252,6 +318,7 @@ pub struct Source {
 
 /// One line of the console.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ConsoleLine {
     /// Milliseconds since the first guest instruction, when it was complete.
     pub at_ms: u64,
@@ -261,6 +328,7 @@ pub struct ConsoleLine {
 
 /// One test that the guest reported.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct TestRecord {
     /// Names of the suites that it is in, outermost first (KTAP subtests).
     pub suite: Vec<String>,
@@ -268,8 +336,39 @@ pub struct TestRecord {
     pub number: u64,
     /// Its name.
     pub name: String,
-    /// `ok`, `failed`, `skipped`, `todo`, or `missing` (the plan has it, the output does not).
-    pub result: String,
-    /// The directive's words and the diagnostic lines that belong to it.
+    /// How it went.
+    pub result: TestResult,
+    /// The directive's words; if it failed, the diagnostic lines that belong to it, too.
     pub message: Option<String>,
+    /// Which of the guest's TAP streams it is in, from 1. A new `TAP version` or `KTAP version` begins one.
+    pub stream: u32,
+    /// How many of the other records are tests inside of this one. It is a suite if there are any.
+    pub subtests: u64,
+    /// What differs from run to run.
+    pub timing: TestTiming,
+}
+
+/// The part of a [`TestRecord`] that depends on the moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct TestTiming {
+    /// Milliseconds since the first guest instruction, when its line was complete.
+    pub at_ms: u64,
+}
+
+/// How a test of the guest went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "kebab-case")]
+pub enum TestResult {
+    /// `ok`.
+    Ok,
+    /// `not ok`, or the stream was given up (`Bail out!`).
+    Failed,
+    /// `# SKIP`.
+    Skipped,
+    /// `# TODO` or `# XFAIL`: expected to fail, and did.
+    Todo,
+    /// The plan has it, the output does not.
+    Missing,
 }

@@ -18,6 +18,7 @@
 //! | `0x0010_0000` | 3 GiB at most  | RAM        | kernel; initrd at the top (Multiboot: right after the kernel)  |
 //! | `0xFEC0_0000` |                | MMIO       | I/O APIC                                                       |
 //! | `0xFEE0_0000` |                | MMIO       | local APICs                                                    |
+//! | `0xFFFB_A000` | `0xFFFB_B000`  | not listed | exit register, see `devices/exit.rs`                           |
 //! | `0xFFFB_B000` | `0xFFFB_C000`  | ACPI NVS   | wakeup mailbox (wakeup mailbox only): registers, not RAM       |
 //! | `0xFFFB_C000` | `0xFFFC_0000`  | reserved   | pages that KVM needs on VT-x hosts without unrestricted guest  |
 //! | 4 GiB         |                | RAM        | what did not fit below 3 GiB                                   |
@@ -75,6 +76,8 @@ pub const IOAPIC: u64 = 0xFEC0_0000;
 /// Local APIC registers.
 pub const LOCAL_APIC: u64 = 0xFEE0_0000;
 
+/// The exit register: one page. No RAM.
+pub const EXIT_PAGE: u64 = 0xFFFB_A000;
 /// ACPI multiprocessor wakeup mailbox: one page (ACPI 6.5, 5.2.12.19). No RAM: a device sees what is written.
 pub const AP_MAILBOX: u64 = 0xFFFB_B000;
 /// For KVM_SET_IDENTITY_MAP_ADDR: one page (KVM API 4.41).
@@ -95,6 +98,7 @@ const _: () = {
     assert!(STACK_TOP - STACK_SIZE >= MODULES + PAGE_SIZE);
     assert!(CMDLINE + CMDLINE_SIZE <= NVS_START);
     assert!(AP_LOOP + PAGE_SIZE <= FACS && FACS + PAGE_SIZE <= NVS_END);
+    assert!(EXIT_PAGE + PAGE_SIZE <= AP_MAILBOX);
     assert!(AP_MAILBOX + PAGE_SIZE <= KVM_IDENTITY_MAP);
     assert!(KVM_IDENTITY_MAP + PAGE_SIZE <= KVM_TSS && KVM_TSS + 3 * PAGE_SIZE <= KVM_PAGES_END);
 };

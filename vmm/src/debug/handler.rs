@@ -6,7 +6,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::{Breakpoint, Owner, Stored, VcpuId};
+use super::{Breakpoint, Owner, PortAccess, Stored, VcpuId};
 use crate::vcpu::Registers;
 
 /// What a handler has decided.
@@ -38,6 +38,8 @@ pub struct Hit<'a> {
 pub(crate) trait GuestState {
     /// All registers.
     fn registers(&mut self) -> std::io::Result<Registers>;
+    /// Those that cost least.
+    fn state(&mut self) -> std::io::Result<Registers>;
     /// Bytes at a linear address; how many could be read.
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize;
 }
@@ -49,6 +51,14 @@ impl Hit<'_> {
     /// What KVM said.
     pub fn registers(&mut self) -> std::io::Result<Registers> {
         self.state.registers()
+    }
+
+    /// The general, segment and control registers, which the exit has brought along; the others are zero.
+    ///
+    /// # Errors
+    /// What KVM said.
+    pub fn state(&mut self) -> std::io::Result<Registers> {
+        self.state.state()
     }
 
     /// Reads linear memory as the vCPU sees it; how many bytes could be read.
@@ -65,6 +75,58 @@ impl fmt::Debug for Hit<'_> {
             .field("vcpu", &self.vcpu)
             .field("pc", &self.pc)
             .finish_non_exhaustive()
+    }
+}
+
+/// One access to a port, as its handler sees it: on the thread of the vCPU, after the access.
+pub struct PortHit<'a> {
+    /// The vCPU that made it.
+    pub vcpu: VcpuId,
+    /// What it did.
+    pub access: PortAccess,
+    pub(crate) state: &'a mut dyn GuestState,
+}
+
+impl PortHit<'_> {
+    /// The general, segment and control registers; the others are zero. RIP may still stand on the
+    /// instruction.
+    ///
+    /// # Errors
+    /// What KVM said.
+    pub fn state(&mut self) -> std::io::Result<Registers> {
+        self.state.state()
+    }
+
+    /// Reads linear memory as the vCPU sees it; how many bytes could be read.
+    pub fn read(&mut self, addr: u64, into: &mut [u8]) -> usize {
+        self.state.read(addr, into)
+    }
+}
+
+impl fmt::Debug for PortHit<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PortHit").field("vcpu", &self.vcpu).field("access", &self.access).finish_non_exhaustive()
+    }
+}
+
+/// Called for every access to a port that is trapped, as a [`Handler`] is for hits.
+#[derive(Clone)]
+pub struct PortHandler(Arc<dyn Fn(&mut PortHit<'_>) -> Disposition + Send + Sync>);
+
+impl PortHandler {
+    /// A handler from a closure. It must not block.
+    pub fn new(handler: impl Fn(&mut PortHit<'_>) -> Disposition + Send + Sync + 'static) -> Self {
+        PortHandler(Arc::new(handler))
+    }
+
+    pub(crate) fn call(&self, hit: &mut PortHit<'_>) -> Disposition {
+        (self.0)(hit)
+    }
+}
+
+impl fmt::Debug for PortHandler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PortHandler")
     }
 }
 

@@ -61,6 +61,31 @@ impl fmt::Display for Stored {
     }
 }
 
+/// One IN or OUT.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PortAccess {
+    /// The port.
+    pub port: u16,
+    /// Bytes of one access: 1, 2 or 4.
+    pub size: u8,
+    /// OUT rather than IN.
+    pub write: bool,
+    /// What was written or read, zero-extended; of a string instruction the first.
+    pub value: u32,
+}
+
+impl fmt::Display for PortAccess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { port, size, write, value } = self;
+        let digits = usize::from(*size) * 2;
+        if *write {
+            write!(f, "{value:#0$x} written to port {port:#x}", digits + 2)
+        } else {
+            write!(f, "{value:#0$x} read from port {port:#x}", digits + 2)
+        }
+    }
+}
+
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StopReason {
@@ -83,6 +108,11 @@ pub enum StopReason {
     CannotStep(&'static str),
     /// Somebody asked for a stop (Ctrl-C, attach, a library call).
     Interrupted,
+    /// A port was accessed that somebody wants to hear of; the access is done.
+    Port(PortAccess),
+    /// Guest code runs at a kernel's addresses for the first time, as [`Vm::tell_kernel_entry`](crate::Vm::tell_kernel_entry)
+    /// was asked to say.
+    KernelEntry,
     /// The guest wrote this value to the exit port 0xf4. It can be inspected; resuming ends the run.
     GuestExit(u32),
     /// The guest asked for power-off or reset. It can be inspected; resuming ends the run.

@@ -3,12 +3,14 @@
 //! The map is fixed before the guest runs; only devices have state, each behind its own lock, so that two vCPUs on
 //! two devices do not wait for each other. No lock is held when an access returns.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use thiserror::Error;
 
 use super::DeviceEvent;
+use crate::debug::PortHandler;
 
 /// A device on the bus.
 pub trait Device: Send {
@@ -131,6 +133,8 @@ fn lock(device: &Mutex<dyn Device>) -> MutexGuard<'_, dyn Device + 'static> {
 pub struct Bus {
     pio: Map,
     mmio: Map,
+    /// Ports that somebody wants to hear of, whether a device is there or not. Set once, before the guest runs.
+    trapped: OnceLock<BTreeMap<u16, PortHandler>>,
 }
 
 impl std::fmt::Debug for Bus {
@@ -166,6 +170,16 @@ impl Bus {
     /// Puts a device at guest-physical addresses.
     pub fn add_mmio<D: Device + 'static>(&mut self, range: Range<u64>, device: &Shared<D>) -> Result<(), Taken> {
         self.mmio.insert(Mapping { range, base: 0, device: device.0.clone() })
+    }
+
+    /// Has accesses to these ports told. Only the first call counts, and it belongs before the guest's first instruction.
+    pub(crate) fn trap_ports(&self, ports: BTreeMap<u16, PortHandler>) -> bool {
+        self.trapped.set(ports).is_ok()
+    }
+
+    /// Who wants to hear of accesses to a port.
+    pub(crate) fn port_handler(&self, port: u16) -> Option<&PortHandler> {
+        self.trapped.get()?.get(&port)
     }
 
     /// One IN of 1, 2 or 4 bytes. For string instructions see [`Bus::pio_read_string`].

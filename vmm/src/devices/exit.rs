@@ -1,4 +1,8 @@
 //! The exit port: a guest ends the run with a status of its own.
+//!
+//! The same register is at guest-physical [`EXIT_PAGE`](crate::boot::layout::EXIT_PAGE), for a program in a guest whose
+//! kernel lets it map `/dev/mem` but gives it no ports (no ioperm, no `/dev/port`), and for emulated processors that
+//! fault on ports in ring 3.
 
 use super::DeviceEvent;
 use super::bus::Device;
@@ -8,7 +12,7 @@ pub const PORT: u16 = 0xf4;
 /// So that a write of 4 bytes is one access.
 pub const PORTS: u16 = 4;
 
-/// Port 0xf4: a write of value v in 1, 2 or 4 bytes ends the run with status v. Reads give all ones.
+/// Port 0xf4, or the page: a write of value v in 1, 2 or 4 bytes ends the run with status v. Reads give all ones.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ExitPort;
 

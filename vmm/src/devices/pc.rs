@@ -74,7 +74,9 @@ impl Pc {
         bus.add_pio(cmos::PORT, cmos::PORTS, &cmos)?;
         bus.add_pio(PORT_A, 1, &port_a)?;
         bus.add_pio(DEBUGCON_PORT, 1, &Shared::new(DebugCon(console)))?;
-        bus.add_pio(exit::PORT, exit::PORTS, &Shared::new(ExitPort))?;
+        let exit = Shared::new(ExitPort);
+        bus.add_pio(exit::PORT, exit::PORTS, &exit)?;
+        bus.add_mmio(layout::EXIT_PAGE..layout::EXIT_PAGE + PAGE_SIZE, &exit)?;
         bus.add_pio(pvpanic::PORT, 1, &Shared::new(PvPanic))?;
         bus.add_pio(fw_cfg::PORT, fw_cfg::PORTS, &config)?;
         let power = Shared::new(PowerManagement::default());
@@ -160,6 +162,7 @@ mod tests {
         for (port, data, event) in cases {
             assert_eq!(bus.pio_write(port, data), Some(event), "{port:#x}");
         }
+        assert_eq!(bus.mmio_write(layout::EXIT_PAGE, &[7, 0, 0, 0]), Some(DeviceEvent::Exit(7)));
     }
 
     proptest! {

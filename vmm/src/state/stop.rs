@@ -43,6 +43,8 @@ impl StopState {
             StopReason::Crash(crash) => ReasonState::Crash(crash.clone()),
             StopReason::Breakpoint(_)
             | StopReason::Watchpoint { .. }
+            | StopReason::Port(_)
+            | StopReason::KernelEntry
             | StopReason::Step
             | StopReason::CannotStep(_)
             | StopReason::Interrupted

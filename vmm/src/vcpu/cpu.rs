@@ -4,7 +4,9 @@
 use std::io;
 
 use super::{Activity, Registers};
-use crate::debug::{Crash, DebugExit, DebugImage, Dr7, General, GuestRegisters, Overlay, SLOTS, StopReason};
+use crate::debug::{
+    Crash, DebugExit, DebugImage, Dr7, General, GuestRegisters, Overlay, PortHandler, SLOTS, StopReason,
+};
 use crate::memory::DeviceStore;
 use crate::paging::Access;
 use crate::state::VcpuState;
@@ -277,6 +279,11 @@ pub trait Cpu {
     /// Makes it what was saved. The caller arms again afterwards (law 7). On error it is not fit to run.
     fn restore(&mut self, _state: &VcpuState) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Who decides about accesses to this port.
+    fn port_handler(&self, _port: u16) -> Option<PortHandler> {
+        None
     }
 
     /// Called before the first entry after a park, if it is not for a step: tells a paravirtual clock that time was stolen.

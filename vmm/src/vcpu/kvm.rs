@@ -14,11 +14,12 @@ use std::time::Duration;
 
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
-    KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP,
-    KVM_GUESTDBG_INJECT_DB, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP,
-    KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
-    KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_SHADOW, Msrs, kvm_dtable, kvm_guest_debug, kvm_guest_debug_arch,
-    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xsave,
+    KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_WRMSR, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE,
+    KVM_GUESTDBG_INJECT_BP, KVM_GUESTDBG_INJECT_DB, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP,
+    KVM_GUESTDBG_USE_SW_BP, KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
+    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_SHADOW, Msrs, kvm_dtable, kvm_guest_debug,
+    kvm_guest_debug_arch, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment, kvm_sregs, kvm_vcpu_events,
+    kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -28,7 +29,9 @@ use super::stats::Counter;
 use super::synced::SyncedFd;
 use super::xsave::{put_fpu, to_fpu};
 use super::{Activity, Arming, Cpu, DescriptorTable, Exit, Fpu, Raised, Registers, Ring3, Segment, Standing, kick};
-use crate::debug::{Crash, DebugExit, DebugImage, Dr6, GENERAL_DETECT, General, GuestRegisters, StopReason};
+use crate::debug::{
+    Crash, DebugExit, DebugImage, Dr6, GENERAL_DETECT, General, GuestRegisters, PortAccess, PortHandler, StopReason,
+};
 use crate::devices::{Bus, DeviceEvent};
 use crate::limits::LOOK_INTERVAL;
 use crate::memory::{DeviceStore, GuestRam};
@@ -133,11 +136,21 @@ impl KvmCpu {
                 let start = unsafe { run.cast::<u8>().add(io.data_offset as usize) };
                 // SAFETY: `count * size` bytes of it, which nothing else refers to.
                 let data = unsafe { slice::from_raw_parts_mut(start, len) };
-                if u32::from(io.direction) == KVM_EXIT_IO_OUT {
+                let write = u32::from(io.direction) == KVM_EXIT_IO_OUT;
+                let exit = if write {
                     served(bus.pio_write_string(io.port, io.size.into(), data))
                 } else {
                     bus.pio_read_string(io.port, io.size.into(), data);
                     Exit::Served(None)
+                };
+                match exit {
+                    Exit::Served(None) if bus.port_handler(io.port).is_some() => {
+                        let first = data.iter().take(usize::from(io.size).min(4)).rev();
+                        let value = first.fold(0, |value, byte| value << 8 | u32::from(*byte));
+                        let access = PortAccess { port: io.port, size: io.size, write, value };
+                        Exit::Served(Some(StopReason::Port(access)))
+                    }
+                    exit => exit,
                 }
             }
             KVM_EXIT_MMIO => {
@@ -162,6 +175,15 @@ impl KvmCpu {
                 let exit = DebugExit { exception: debug.exception, pc: debug.pc, dr6: debug.dr6 };
                 self.trapped = Some(exit);
                 Exit::Debug(exit)
+            }
+            KVM_EXIT_X86_WRMSR => {
+                // SAFETY: KVM_EXIT_X86_WRMSR fills `msr`.
+                let msr = unsafe { &mut body.msr };
+                let (index, data) = (msr.index, msr.data);
+                // The filter says only that it is told; the guest gets what it asks for, or its #GP.
+                msr.error = u8::from(!self.write_msr(index, data));
+                let in_kernel = self.fd.get_regs().is_ok_and(|regs| regs.rip >> 63 == 1);
+                Exit::Served(in_kernel.then_some(StopReason::KernelEntry))
             }
             KVM_EXIT_INTR => Exit::Kicked,
             KVM_EXIT_SHUTDOWN => Exit::Crash(Crash::TripleFault { state_lost: self.looks_reset() }),
@@ -188,6 +210,13 @@ impl KvmCpu {
             }
             reason => Exit::Crash(Crash::UnknownExit { reason }),
         }
+    }
+
+    /// Writes one MSR for the guest; whether KVM took it.
+    fn write_msr(&mut self, index: u32, data: u64) -> bool {
+        let entry = kvm_msr_entry { index, data, ..Default::default() };
+        let Ok(msr) = Msrs::from_entries(&[entry]) else { return false };
+        matches!(self.fd.set_msrs(&msr), Ok(1))
     }
 
     /// What KVM_GET_STATS_FD gives.
@@ -269,7 +298,7 @@ impl KvmCpu {
         (self.trapped, self.awake, self.told) = (None, false, None);
     }
 
-    fn set_msrs(&self, values: [u64; 4]) -> io::Result<()> {
+    fn set_msrs(&mut self, values: [u64; 4]) -> io::Result<()> {
         let entries: Vec<_> = MSRS
             .into_iter()
             .zip(values)
@@ -630,6 +659,10 @@ impl Cpu for KvmCpu {
 
     fn restore(&mut self, state: &VcpuState) -> io::Result<()> {
         self.write_state(state)
+    }
+
+    fn port_handler(&self, port: u16) -> Option<PortHandler> {
+        self.bus.port_handler(port).cloned()
     }
 
     fn resumed(&mut self) {

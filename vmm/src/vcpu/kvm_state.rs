@@ -204,7 +204,7 @@ impl KvmCpu {
         Ok(values)
     }
 
-    fn write_msrs(&self, host: &HostKvm, state: &VcpuState) -> io::Result<()> {
+    fn write_msrs(&mut self, host: &HostKvm, state: &VcpuState) -> io::Result<()> {
         let saved = |index: &u32| state.msrs.get(&Word::from(*index)).map(|value| (*index, value.0));
         let all: Vec<(u32, u64)> = host.msrs.iter().filter_map(saved).collect();
         let mut rest = &all[..];

@@ -26,4 +26,4 @@ mod xsave;
 
 pub use cpu::{Arming, Cpu, Exit, Raised, Ring3, Standing};
 pub use kvm::{ArmHook, KvmCpu};
-pub use registers::{Activity, DescriptorTable, Fpu, Registers, Segment};
+pub use registers::{Activity, DescriptorTable, Fpu, Glance, Registers, Segment};

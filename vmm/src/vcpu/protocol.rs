@@ -4,7 +4,7 @@
 //! something out by itself parks and then says so with an [`Event`]. Both travel through one
 //! channel, so that an event is always seen before the answer that was sent after it.
 
-use super::{Activity, Registers};
+use super::{Activity, Glance, Registers};
 use crate::debug::{DebugImage, Notice, Piece, RunMode, Stop, VcpuId};
 use crate::state::VcpuState;
 use crate::sync::Arc;
@@ -34,6 +34,8 @@ pub(crate) enum Request {
     ReadRegisters,
     WriteRegisters(Box<Registers>),
     ReadActivity,
+    /// What it is doing now, whether it runs or not.
+    Glance,
     /// Translate each of these linear ranges, `(addr, len)`.
     Locate(Vec<(u64, u64)>),
     /// Say everything that the vCPU is.
@@ -67,6 +69,7 @@ pub(crate) enum Reply {
     Registers(Box<Registers>),
     Activity(Activity),
     State(Box<VcpuState>),
+    Glance(Glance),
     /// For each range its pieces in guest-physical memory; `None` if not all of it is mapped.
     Located(Vec<Option<Located>>),
 }

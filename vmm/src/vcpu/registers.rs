@@ -4,6 +4,8 @@
 //! want. Everything here is the guest's own truth: TF is the guest's, DR0-7 are the guest's
 //! (law 30), never what the debugger armed.
 
+use std::time::Instant;
+
 use iced_x86::Register;
 
 /// A segment register with its hidden part (SDM vol. 3, 3.4.3).
@@ -125,6 +127,21 @@ pub enum Activity {
     WaitForSipi,
     /// KVM reports a state that this VMM does not know.
     Other(u32),
+}
+
+/// One look at a vCPU, which may be running.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Glance {
+    /// Linear address of the next instruction.
+    pub pc: u64,
+    /// It takes interrupts: RFLAGS.IF.
+    pub interrupts: bool,
+    /// Current privilege level.
+    pub cpl: u8,
+    /// What it is doing.
+    pub activity: Activity,
+    /// Since when it is parked; `None` while it runs.
+    pub parked: Option<Instant>,
 }
 
 /// What a register adds to an address: its value, or the base of a segment.

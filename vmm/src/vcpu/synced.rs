@@ -9,7 +9,7 @@ use std::ops::{Deref, DerefMut};
 
 use kvm_bindings::{
     KVM_GUESTDBG_INJECT_BP, KVM_GUESTDBG_INJECT_DB, KVM_GUESTDBG_SINGLESTEP, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS,
-    KVM_SYNC_X86_SREGS, kvm_guest_debug, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    KVM_SYNC_X86_SREGS, Msrs, kvm_guest_debug, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::VcpuFd;
 use libc::{EAGAIN, EINTR};
@@ -81,6 +81,13 @@ impl SyncedFd {
             self.system = true;
         }
         Ok(())
+    }
+
+    /// KVM_SET_MSRS; some of them are system registers, too.
+    pub(super) fn set_msrs(&mut self, msrs: &Msrs) -> Result<usize> {
+        self.flush()?;
+        self.system = false;
+        self.fd.set_msrs(msrs)
     }
 
     /// KVM_RUN.

@@ -16,22 +16,25 @@ mod patch;
 mod state;
 
 use std::io;
+use std::time::Instant;
 
-use super::Registers;
 use super::cpu::{Arming, Cpu, Exit};
 use super::guest_level::GuestLevel;
 use super::over;
 use super::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
 use super::step::{Arrival, Begun, Crossing, DB, Outcome, Placed, Stepped};
 use super::unserved::Progress;
+use super::{Glance, Registers};
 use crate::debug::{
     BP, Breakpoint, Causes, Crash, DebugExit, DebugImage, Disposition, Dr6, Dr7, Expectation, GuestState, Hit, INT3,
-    Level, Notice, Overlay, Owner, Piece, RunMode, Slot, SlotCondition, SlotOwner, Stop, StopReason, Stored, Trigger,
-    VcpuId, classify,
+    Level, Notice, Overlay, Owner, Piece, PortAccess, PortHit, RunMode, Slot, SlotCondition, SlotOwner, Stop,
+    StopReason, Stored, Trigger, VcpuId, classify,
 };
 use crate::limits::PAGE_SIZE;
 use crate::sync::{Arc, mpsc};
 
+/// RFLAGS.IF.
+const IF: u64 = 1 << 9;
 /// RFLAGS.TF.
 const TF: u64 = 1 << 8;
 /// RFLAGS.RF: set in the frame of a fault and of an interrupted REP, so that an execution
@@ -102,6 +105,10 @@ impl<C: Cpu> GuestState for HitState<'_, C> {
         self.0.registers()
     }
 
+    fn state(&mut self) -> io::Result<Registers> {
+        self.0.state()
+    }
+
     fn read(&mut self, addr: u64, into: &mut [u8]) -> usize {
         self.0.read(addr, into)
     }
@@ -115,6 +122,7 @@ pub(crate) struct VcpuThread<C> {
     /// Wakes whoever waits for events elsewhere than in the channel.
     notify: Box<dyn Fn() + Send>,
     state: State,
+    parked_since: Option<Instant>,
     /// The mode in which a Park found it. A stop of its own leaves nothing to go back to.
     parked_from: Option<RunMode>,
     pub(super) image: Arc<DebugImage>,
@@ -160,6 +168,7 @@ impl<C: Cpu> VcpuThread<C> {
             outbox,
             notify,
             state: State::Parked,
+            parked_since: None,
             parked_from: None,
             image: Arc::default(),
             armed: None,
@@ -250,6 +259,7 @@ impl<C: Cpu> VcpuThread<C> {
                 written.map(|()| Reply::Done)
             }
             Request::ReadActivity => self.cpu.activity().map(Reply::Activity),
+            Request::Glance => self.glance().map(Reply::Glance),
             Request::Locate(ranges) => Ok(Reply::Located(ranges.iter().map(|&range| self.locate(range)).collect())),
             Request::Save => self.save().map(|state| Reply::State(Box::new(state))),
             Request::Restore(state) => self.restore(&state).map(|()| Reply::Done),
@@ -264,6 +274,18 @@ impl<C: Cpu> VcpuThread<C> {
             // All others wait for this one; if the coordinator has given up on it, it must look again.
             (self.notify)();
         }
+    }
+
+    fn glance(&mut self) -> io::Result<Glance> {
+        let registers = self.cpu.state()?;
+        let parked = self.parked_since.filter(|_| matches!(self.state, State::Parked));
+        Ok(Glance {
+            pc: registers.pc(),
+            interrupts: registers.rflags & IF != 0,
+            cpl: registers.cpl(),
+            activity: self.cpu.activity()?,
+            parked,
+        })
     }
 
     /// The pieces of a linear range in guest-physical memory, page by page.
@@ -326,6 +348,9 @@ impl<C: Cpu> VcpuThread<C> {
     /// Parks with nothing half-done and nothing armed but the image (laws C4, C8).
     fn park(&mut self) -> io::Result<()> {
         self.settle();
+        if !matches!(self.state, State::Parked) {
+            self.parked_since = Some(Instant::now());
+        }
         self.state = State::Parked;
         self.kick_itself_if_needed();
         // What the guest has at this pc must be known when it goes on.
@@ -542,6 +567,9 @@ impl<C: Cpu> VcpuThread<C> {
                 self.is_stuck();
             }
             Exit::Served(None) => self.incomplete = true,
+            Exit::Served(Some(StopReason::Port(access))) if self.ask_port_handler(access) == Disposition::Continue => {
+                self.incomplete = true;
+            }
             Exit::Served(Some(reason)) => {
                 self.incomplete = true;
                 self.settle();
@@ -715,6 +743,12 @@ impl<C: Cpu> VcpuThread<C> {
         let (owner, request, vcpu) = (hit.behind.owner, hit.behind.request, self.id);
         let (stored, state) = (hit.stored.as_ref(), &mut HitState(&mut self.cpu));
         handler.call(&mut Hit { owner, request, vcpu, pc, stored, state })
+    }
+
+    /// What the handler of a port says about an access to it.
+    fn ask_port_handler(&mut self, access: PortAccess) -> Disposition {
+        let Some(handler) = self.cpu.port_handler(access.port) else { return Disposition::Stop };
+        handler.call(&mut PortHit { vcpu: self.id, access, state: &mut HitState(&mut self.cpu) })
     }
 
     /// The step is over, at `pc`; `crossing`: that of a breakpoint that was told.

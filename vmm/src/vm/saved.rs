@@ -37,7 +37,7 @@ impl Vm {
     /// If the guest is running, is over, or uses what cannot be saved (nested virtualisation).
     pub fn save(&mut self) -> Result<MachineState, SaveError> {
         let vcpus = self.coordinator.save()?;
-        let chips = chips::save(&self.kvm).map_err(|(step, error)| SaveError::Kvm { step, error })?;
+        let chips = chips::save(&self.vm).map_err(|(step, error)| SaveError::Kvm { step, error })?;
         Ok(MachineState {
             schema: SCHEMA,
             host: Host::this().clone(),
@@ -71,7 +71,7 @@ impl Vm {
         for (at, bytes) in clocks {
             write_all_physical(self.ram.mem(), at, &bytes);
         }
-        chips::restore(&self.kvm, &state.chips)
+        chips::restore(&self.vm, &state.chips)
             .map_err(|(step, error)| RestoreError::Refused(format!("KVM refused to {step}: {error}")))?;
         self.pc.restore(&state.devices).map_err(|error| RestoreError::Broken(error.to_string()))
     }

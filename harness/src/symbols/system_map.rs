@@ -1,0 +1,67 @@
+//! System.map: what `nm` prints of a vmlinux, one `ADDRESS LETTER NAME` on each line.
+
+use std::path::Path;
+
+use super::error::SymbolsError;
+use super::table::{Class, Kind, Raw, Table};
+
+/// Whether these are the first bytes of such a file.
+pub(super) fn is_one(bytes: &[u8]) -> bool {
+    let line = bytes.split(|&byte| byte == b'\n').next().unwrap_or_default();
+    std::str::from_utf8(line).is_ok_and(|line| parse_line(line).is_some())
+}
+
+/// Reads the whole of it.
+pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Table, SymbolsError> {
+    let text = std::str::from_utf8(bytes).map_err(|error| {
+        SymbolsError::bad(path, format!("not a System.map: no text at byte {}", error.valid_up_to()))
+    })?;
+    let mut lines = Vec::new();
+    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        match parse_line(line) {
+            Some(parsed) => lines.push(parsed),
+            None => {
+                let why = format!("line {}: expected ADDRESS LETTER NAME as nm prints them", number + 1);
+                return Err(SymbolsError::bad(path, why));
+            }
+        }
+    }
+    Ok(table(&lines))
+}
+
+fn parse_line(line: &str) -> Option<(u64, u8, &str)> {
+    let mut words = line.split_whitespace();
+    let (address, letter, name) = (words.next()?, words.next()?, words.next()?);
+    let [letter] = letter.as_bytes() else { return None };
+    letter.is_ascii_alphabetic().then_some(())?;
+    Some((u64::from_str_radix(address, 16).ok()?, *letter, name))
+}
+
+/// A table from addresses with `nm`'s letters, which kallsyms has as well: the classes follow from the letters and from
+/// the linker script's own symbols.
+pub(super) fn table(lines: &[(u64, u8, &str)]) -> Table {
+    let named = |name: &str| lines.iter().find(|line| line.2 == name).map(|line| line.0);
+    let between = |begin, end| match (named(begin), named(end)) {
+        (Some(begin), Some(end)) => begin..end,
+        _ => 0..0,
+    };
+    let init = between("__init_begin", "__init_end");
+    let percpu = between("__per_cpu_start", "__per_cpu_end");
+    let text_end = named("_etext").unwrap_or(u64::MAX);
+    let symbols = lines.iter().filter(|line| !line.1.eq_ignore_ascii_case(&b'u')).map(|&(address, letter, name)| {
+        let class = match letter.to_ascii_lowercase() {
+            // Linked at 0, per-cpu variables are numbers to nm.
+            _ if percpu.contains(&address) => Class::PerCpu,
+            b'a' => Class::Absolute,
+            b't' | b'w' | b'v' if init.contains(&address) => Class::InitText,
+            _ if init.contains(&address) => Class::InitData,
+            b't' => Class::Text,
+            // Weak: code, mostly, and what is not code lies behind _etext.
+            b'w' if address < text_end => Class::Text,
+            b'r' => Class::ReadOnly,
+            _ => Class::Data,
+        };
+        Raw { name, address, size: 0, kind: Kind::Unknown, class, global: letter.is_ascii_uppercase() }
+    });
+    Table::new(symbols, &[])
+}

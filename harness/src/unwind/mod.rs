@@ -1,0 +1,197 @@
+//! From a stopped vCPU's registers and memory to its backtrace.
+//!
+//! ```text
+//! registers ──► Place ──► step ──► Place ──► step ──► .. ──► End
+//!                          │ pc has an ORC entry     orc.rs    what the kernel itself unwinds by; knows its assembly
+//!                          │ else call frame info    cfi.rs    .debug_frame, .eh_frame
+//!                          │ else %rbp, %rsp         chain.rs  frame pointers; function starts, leaves, calls to nowhere
+//! ```
+//!
+//! ORC comes first because objtool has followed the instructions: it knows what inline assembly pushes, and where entry
+//! code has put the registers of whom it interrupted. Call frame information, which compilers write and gdb uses,
+//! knows neither.
+//!
+//! Nothing that is read can be relied on: the tables may be broken, and the stack is the guest's. A step that
+//! does not lead to a plausible frame ends the backtrace with a word on why; no step leads back to a frame that
+//! was there already, and there are never more than [`MOST_FRAMES`].
+
+mod cfi;
+mod chain;
+mod code;
+mod orc;
+mod place;
+mod records;
+mod tables;
+#[cfg(test)]
+mod tests;
+
+use std::sync::OnceLock;
+
+use trapline_vmm::vcpu::Registers;
+
+use cfi::CallFrames;
+use orc::{Kind, OrcTable};
+use place::Place;
+pub use records::records;
+pub use tables::{GuestOrc, Tables};
+
+use crate::symbols::{Memory, Symbols};
+
+/// Most frames of a backtrace. Linux's stacks are 16 KiB, and its deepest chains of calls some 100.
+pub const MOST_FRAMES: usize = 256;
+
+const NOTHING_KNOWN: &str = "nothing is known about this code";
+
+/// How exact the address of a frame is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FrameKind {
+    /// The next instruction: of the vCPU itself, or of what an interrupt or exception has interrupted.
+    Exact,
+    /// A return address. The call stands before it: look up the names of `pc - 1`.
+    Call,
+    /// User space. It is the last frame.
+    User,
+}
+
+/// One function that has been entered and not been left. What was inlined into it has no frame of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Frame {
+    /// Linear address.
+    pub pc: u64,
+    /// The stack pointer when `pc` is executed (again).
+    pub sp: u64,
+    /// What `pc` is.
+    pub kind: FrameKind,
+}
+
+impl Frame {
+    /// The address whose function and source line are meant.
+    pub fn lookup(&self) -> u64 {
+        match self.kind {
+            FrameKind::Call => self.pc.wrapping_sub(1),
+            FrameKind::Exact | FrameKind::User => self.pc,
+        }
+    }
+}
+
+/// Why a backtrace has no more frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The first function of its stack.
+    Complete,
+    /// The last frame is in user space.
+    User,
+    /// There is more, but it was not found; why.
+    Lost(&'static str),
+    /// There are more than [`MOST_FRAMES`].
+    TooDeep,
+}
+
+/// The frames of one vCPU, innermost first: at least one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backtrace {
+    /// The frames.
+    pub frames: Vec<Frame>,
+    /// Why it ends after the last.
+    pub end: End,
+}
+
+/// Unwinds the stacks of one kernel. Its tables are read when they are first needed, and kept.
+pub struct Unwinder<T = Symbols> {
+    tables: T,
+    orc: OnceLock<Option<OrcTable>>,
+    call_frames: OnceLock<CallFrames>,
+}
+
+impl<T: Tables> Unwinder<T> {
+    /// With the tables of one kernel.
+    pub fn new(tables: T) -> Self {
+        Self { tables, orc: OnceLock::new(), call_frames: OnceLock::new() }
+    }
+
+    /// The backtrace of a vCPU that has these registers, and reads this memory.
+    pub fn unwind(&self, registers: &Registers, memory: &dyn Memory) -> Backtrace {
+        let mut place = Place::of(registers);
+        let mut frames = vec![place.frame()];
+        let end = loop {
+            if place.kind == FrameKind::User {
+                break End::User;
+            }
+            if !in_64_bit_mode(registers) {
+                break End::Lost("the vCPU is not in 64-bit mode");
+            }
+            if frames.len() == MOST_FRAMES {
+                break End::TooDeep;
+            }
+            place = match self.step(&place, memory) {
+                Ok(next) => next,
+                Err(end) => break end,
+            };
+            let frame = place.frame();
+            if frames.contains(&frame) {
+                break End::Lost("the stack leads back into itself");
+            }
+            frames.push(frame);
+        };
+        Backtrace { frames, end }
+    }
+
+    /// Who called, or was interrupted.
+    fn step(&self, place: &Place, memory: &dyn Memory) -> Result<Place, End> {
+        if place.kind == FrameKind::Exact && !code::is_there(memory, place.pc) {
+            // A call to nowhere has done nothing but push its return address.
+            return chain::leaf(place, memory);
+        }
+        let next = self.unchecked_step(place, memory)?;
+        let is_elsewhere = place.pc >> 63 != next.pc >> 63 || !code::is_there(memory, next.pc);
+        if next.kind == FrameKind::Call && is_elsewhere {
+            return Err(End::Lost("the return address is not one of code"));
+        }
+        Ok(next)
+    }
+
+    fn unchecked_step(&self, place: &Place, memory: &dyn Memory) -> Result<Place, End> {
+        let lookup = place.frame().lookup();
+        if let Some(entry) = self.orc_entry(lookup, memory) {
+            match entry.kind {
+                Kind::End => return Err(End::Complete),
+                Kind::Undefined => {}
+                _ => return orc::step(entry, place, memory),
+            }
+        }
+        let call_frames = self.call_frames.get_or_init(|| CallFrames::read(&self.tables));
+        match call_frames.step(&self.tables, lookup, place, memory) {
+            Some(stepped) => stepped,
+            None => match chain::step(place, self.tables.function(lookup), memory) {
+                // A kernel with ORC uses RBP for anything.
+                Err(End::Complete) if self.image_orc().is_some() => Err(End::Lost(NOTHING_KNOWN)),
+                stepped => stepped,
+            },
+        }
+    }
+
+    fn image_orc(&self) -> Option<&OrcTable> {
+        self.orc.get_or_init(|| OrcTable::read(&self.tables)).as_ref()
+    }
+
+    fn orc_entry(&self, addr: u64, memory: &dyn Memory) -> Option<orc::Entry> {
+        let image = self.image_orc();
+        if let Some(entry) = image.and_then(|table| table.find(addr)).filter(|entry| entry.kind != Kind::Undefined) {
+            return Some(entry);
+        }
+        let guest = self.tables.guest_orc(addr, memory)?;
+        orc::find_in_guest(&guest, image.map(OrcTable::format), addr, memory)
+    }
+}
+
+/// The backtrace of a vCPU, for once; an [`Unwinder`] keeps what it has read.
+pub fn unwind(tables: impl Tables, registers: &Registers, memory: &dyn Memory) -> Backtrace {
+    Unwinder::new(tables).unwind(registers, memory)
+}
+
+/// Long mode is active and the code segment is a 64-bit one (SDM vol. 3, 3.4.5).
+fn in_64_bit_mode(registers: &Registers) -> bool {
+    const EFER_LMA: u64 = 1 << 10;
+    const CS_L: u32 = 1 << 13;
+    registers.efer & EFER_LMA != 0 && registers.cs.attributes & CS_L != 0
+}
