@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use trapline_gdbstub_glue::Address;
 use trapline_harness::initramfs;
 use trapline_vmm::boot::{ApStart, Format};
+use trapline_vmm::devices::virtio::DiskConfig;
 use trapline_vmm::limits::{MAX_MEMORY, MAX_VCPUS, MIB, MIN_MEMORY};
 
 /// What the help of `run` ends with.
@@ -15,17 +16,32 @@ const RUN_AFTER: &str = "\
 Examples:
   trapline run --gdb :1234 --wait
   trapline run vmlinuz --initrd initrd --cpus 2 --cmdline 'console=ttyS0 nokaslr' --gdb :1234 --wait
+  trapline run vmlinuz --initrd initrd --symbols vmlinux --trap panic --trap 'write:init_task.flags =log' \
+               --timeout 60s --report out
   trapline run vmlinuz --timeout 60s --exec ./my-test some-argument -- --verbose
 
 Exit codes:
     0  the guest ended by itself, or the debugger killed it
-    1  the guest reported failure: it wrote a value other than 0 to port 0xf4
-    4  the guest's kernel panicked and told pvpanic
+    1  the guest reported failure: it wrote a value other than 0 to port 0xf4, or a failed test (TAP, KTAP)
+    3  a trap fired
+    4  the guest's kernel panicked: a trap on it, pvpanic, or the console says so
     5  --timeout was over
     6  the guest died: triple fault, or KVM could not go on
-   64  bad input: command line, kernel, initrd
-   69  this host cannot do it: no usable /dev/kvm, an occupied port
+    7  a trap with must-hit was never hit
+   64  bad input: command line, kernel, initrd, a trap, a place that cannot be written
+   69  this host cannot do it: no usable /dev/kvm, an occupied port, a trap that nothing serves here; or
+       all was well and the report could not be written
   130  Ctrl-A x; with another number from 129 on, a signal ended the run (128 + its number)";
+
+/// What the help of `plan` ends with.
+const PLAN_AFTER: &str = "\
+Takes what `run` takes, and says what would serve each trap on this host: a slot of the debug registers, a
+software breakpoint, a protected page, Trapline itself, or nothing.
+
+Exit codes:
+    0  every trap would be served
+   64  bad input, such as a symbol that is not there
+   69  this host cannot serve one of them";
 
 /// What the help of `doctor` ends with.
 const DOCTOR_AFTER: &str = "\
@@ -50,6 +66,9 @@ pub(crate) enum Command {
     /// Boots a guest on KVM and runs it, under a gdb stub if asked to
     #[command(after_help = RUN_AFTER)]
     Run(Box<RunArgs>),
+    /// Shows what the traps of a run would become, without running it
+    #[command(after_help = PLAN_AFTER)]
+    Plan(Box<PlanArgs>),
     /// Shows what this host's KVM can really do, as opposed to what it claims
     #[command(after_help = DOCTOR_AFTER)]
     Doctor(DoctorArgs),
@@ -88,6 +107,10 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "STRING")]
     pub(crate) cmdline: Option<String>,
 
+    /// Raw disk image or block device, as the next virtio disk (/dev/vda, ..); FILE,ro: not to be written
+    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk)]
+    pub(crate) disks: Vec<DiskConfig>,
+
     /// Number of vCPUs [default: 1, or 2 for the built-in guest]
     #[arg(long, value_name = "N", value_parser = parse_cpus)]
     pub(crate) cpus: Option<u32>,
@@ -116,6 +139,9 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = parse_console)]
     pub(crate) console: ConsoleTarget,
 
+    #[command(flatten)]
+    pub(crate) headless: HeadlessArgs,
+
     /// How the other vCPUs are started
     #[arg(long, value_name = "HOW", default_value = "sipi")]
     pub(crate) ap_start: ApStartArg,
@@ -123,6 +149,53 @@ pub(crate) struct RunArgs {
     /// Boot the kernel as this format instead of what it looks like
     #[arg(long, value_name = "FORMAT")]
     pub(crate) boot_protocol: Option<FormatArg>,
+}
+
+/// What a run that nobody watches is asked for.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Traps and reports")]
+pub(crate) struct HeadlessArgs {
+    /// A trap: what to watch, when, and what to do then; docs/traps.md has the grammar
+    #[arg(long = "trap", value_name = "RULE", allow_hyphen_values = true)]
+    pub(crate) traps: Vec<String>,
+
+    /// Traps from a TOML file
+    #[arg(long = "traps", value_name = "FILE")]
+    pub(crate) trap_files: Vec<PathBuf>,
+
+    /// Symbols: vmlinux, its debug file, System.map, a module [default: the kernel's own]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) symbols: Vec<PathBuf>,
+
+    /// Write a report into this directory: a page, JSON, JUnit, console, and a core to come back to with `trapline open`
+    #[arg(long, value_name = "DIR")]
+    pub(crate) report: Option<PathBuf>,
+
+    /// Write JUnit XML
+    #[arg(long, value_name = "FILE")]
+    pub(crate) junit: Option<PathBuf>,
+
+    /// Write what happens as it happens, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    pub(crate) events: Option<PathBuf>,
+
+    /// Write the guest's memory and registers, for gdb, drgn and crash, if the run does not pass
+    #[arg(long, value_name = "FILE")]
+    pub(crate) vmcore: Option<PathBuf>,
+
+    /// Compress the core: kdump's format, which crash and drgn read, and gdb does not
+    #[arg(long)]
+    pub(crate) compress: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+
+    /// For machines: one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// An initrd that is made for this run.
@@ -246,6 +319,14 @@ fn parse_memory(text: &str) -> Result<u64, String> {
     }
 }
 
+fn parse_disk(text: &str) -> Result<DiskConfig, String> {
+    let (path, read_only) = text.strip_suffix(",ro").map_or((text, false), |path| (path, true));
+    match path {
+        "" => Err("give a file, or a file and ,ro".to_owned()),
+        path => Ok(DiskConfig { path: path.into(), read_only }),
+    }
+}
+
 fn parse_time(text: &str) -> Result<Duration, String> {
     let advice = || "give a time such as 500ms, 60s or 5m".to_owned();
     let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
@@ -332,6 +413,17 @@ mod tests {
         assert_eq!(parse_cpus("64"), Ok(64));
         for bad in ["0", "65", "10000", "-1", "two", ""] {
             assert!(parse_cpus(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn disks() {
+        let disk = |path: &str, read_only| Ok(DiskConfig { path: path.into(), read_only });
+        assert_eq!(parse_disk("a.img"), disk("a.img", false));
+        assert_eq!(parse_disk("a,b.img,ro"), disk("a,b.img", true));
+        assert_eq!(parse_disk("a.img,rw"), disk("a.img,rw", false));
+        for bad in ["", ",ro"] {
+            assert!(parse_disk(bad).is_err(), "{bad}");
         }
     }
 

@@ -1,6 +1,5 @@
 //! The initial RAM disk that `--exec` and `--rootfs` ask for.
 
-use std::fs::File;
 use std::path::Path;
 
 use anyhow::bail;
@@ -9,7 +8,7 @@ use trapline_harness::initramfs::Initramfs;
 use crate::args::{MadeInitrd, RunArgs};
 
 /// Makes it, if one is to be made.
-pub(crate) fn make(args: &RunArgs) -> anyhow::Result<Option<File>> {
+pub(crate) fn make(args: &RunArgs) -> anyhow::Result<Option<Initramfs>> {
     if !args.made.is_wanted() {
         return Ok(None);
     }
@@ -20,7 +19,7 @@ pub(crate) fn make(args: &RunArgs) -> anyhow::Result<Option<File>> {
     for note in initramfs.notes() {
         eprintln!("trapline: {note}");
     }
-    Ok(Some(initramfs.to_file()?))
+    Ok(Some(initramfs))
 }
 
 fn collect(made: &MadeInitrd, cmdline: &str) -> anyhow::Result<Initramfs> {

@@ -5,6 +5,7 @@ mod console;
 mod doctor;
 mod initrd;
 mod log;
+mod plan;
 mod run;
 mod stub;
 mod terminal;
@@ -15,7 +16,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use trapline_gdbstub_glue::AddressError;
-use trapline_vmm::VmError;
+use trapline_harness::run::RunError;
 use trapline_vmm::probe::ProbeError;
 
 use args::{Cli, Command};
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
     log::to_stderr();
     let result = match &cli.command {
         Command::Run(args) => run::run(args),
+        Command::Plan(args) => plan::plan(args),
         Command::Doctor(args) => doctor::doctor(args),
         Command::DemoGuest { output } => write_demo(output).map(|()| ExitCode::SUCCESS),
     };
@@ -70,11 +72,9 @@ fn severity(error: &anyhow::Error) -> u8 {
     if error.is::<ProbeError>() || error.is::<doctor::NotUsable>() {
         return EX_UNAVAILABLE;
     }
-    match error.downcast_ref::<VmError>() {
-        Some(VmError::Host(_) | VmError::Resources(_)) => EX_UNAVAILABLE,
-        Some(VmError::Boot(_) | VmError::Memory(_)) => EX_USAGE,
-        Some(VmError::Restore(error)) if error.is_of_this_host() => EX_UNAVAILABLE,
-        Some(VmError::Restore(_)) => EX_USAGE,
+    match error.downcast_ref::<RunError>() {
+        Some(error) if error.is_hosts() => EX_UNAVAILABLE,
+        Some(_) => EX_USAGE,
         None => match error.downcast_ref::<AddressError>() {
             Some(AddressError::PortInUse { .. } | AddressError::PathInUse { .. }) => EX_UNAVAILABLE,
             _ => EX_USAGE,

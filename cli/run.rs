@@ -3,7 +3,7 @@
 //! One thread, one epoll loop: it owns the VM's coordinator and the gdb session, and hears of
 //! everything else through file descriptors.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -16,11 +16,11 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tempfile::NamedTempFile;
 use trapline_gdbstub_glue::Target;
-use trapline_harness::Verdict;
-use trapline_vmm::boot::{BootRequest, Image};
+use trapline_harness::report::StopRecord;
+use trapline_harness::run::{self, Kernel, Next, Outputs, Run, Supervisor};
+use trapline_harness::{Verdict, rules};
+use trapline_vmm::Vm;
 use trapline_vmm::debug::{Ending, ResumePlan, RunMode, Stop, StopReason, VcpuId};
-use trapline_vmm::devices::Console;
-use trapline_vmm::{Vm, VmConfig};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -32,17 +32,17 @@ use crate::terminal::RawTerminal;
 
 /// How the loop ended.
 enum Outcome {
-    Verdict(Verdict),
+    Over(Box<run::Outcome>),
     /// The user's key, or a signal; the number is that of the signal.
     Interrupted(i32),
 }
 
 /// Runs a guest to its end.
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
-    let vm = boot(args)?;
+    let (vm, supervisor) = prepare(args)?;
     let symbols = Symbols::of(args)?;
     let stub = args.gdb.as_ref().map(|address| Stub::listen(address, args.gdb_expose)).transpose()?;
-    let mut session = Session::new(vm, stub, args)?;
+    let mut session = Session::new(vm, supervisor, stub)?;
     let terminal = match args.console {
         ConsoleTarget::Stdio => RawTerminal::take().context("cannot use the terminal")?,
         _ => None,
@@ -59,46 +59,75 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     drop(terminal);
     drop(symbols);
     Ok(match outcome? {
-        Outcome::Verdict(verdict) => {
+        Outcome::Over(outcome) => {
             // Nothing of the console's is buffered; and a vCPU that is stuck in writing to a full
             // pipe holds the lock that a flush would wait for.
-            if verdict != Verdict::Pass {
-                eprintln!("trapline: {verdict}");
+            if outcome.verdict != Verdict::Pass {
+                eprintln!("trapline: {}", outcome.verdict);
             }
-            ExitCode::from(verdict.exit_code())
+            for problem in &outcome.report.problems {
+                eprintln!("trapline: {problem}");
+            }
+            ExitCode::from(outcome.exit_code())
         }
         Outcome::Interrupted(signal) => ExitCode::from(128 + signal as u8),
     })
 }
 
-fn boot(args: &RunArgs) -> anyhow::Result<Vm> {
-    let open = |what: &str, path: &Path| {
-        File::open(path).with_context(|| format!("cannot open the {what} {}; check the path", path.display()))
+/// The run as the command line describes it.
+pub(crate) fn describe(args: &RunArgs) -> anyhow::Result<Run> {
+    let kernel = match args.kernel() {
+        Some(path) => Kernel::from(path.as_path()),
+        None => Kernel::Bytes("demo".to_owned(), trapline_guests::demo()),
     };
-    let kernel = args.kernel().map(|path| open("kernel", path)).transpose()?;
-    let initrd = match &args.initrd {
-        Some(path) => Some(open("initrd", path)?),
-        None => initrd::make(args)?,
-    };
-    let name = args.kernel().map_or("demo".into(), |path| path.to_string_lossy());
-    let boot = BootRequest {
-        kernel: kernel.as_ref().map_or(Image::Bytes(trapline_guests::demo()), Image::File),
-        name: &name,
-        initrd: initrd.as_ref().map(Image::File),
-        cmdline: args.cmdline(),
-        cpus: args.cpus(),
-        ap_start: args.ap_start.into(),
-        protocol: args.boot_protocol.map(Into::into),
-    };
-    let console = match &args.console {
-        ConsoleTarget::Stdio => Console::new(Unbuffered(io::stdout())),
-        ConsoleTarget::None => Console::new(io::sink()),
-        ConsoleTarget::File(path) => Console::new(
+    let headless = &args.headless;
+    let mut run = Run::new(kernel)
+        .cmdline(args.cmdline())
+        .cpus(args.cpus())
+        .memory(args.memory)
+        .ap_start(args.ap_start.into())
+        .gdb(args.gdb.is_some())
+        .outputs(Outputs {
+            report: headless.report.clone(),
+            junit: headless.junit.clone(),
+            events: headless.events.clone(),
+            vmcore: headless.vmcore.clone(),
+            compress: headless.compress,
+        });
+    if let Some(initrd) = &args.initrd {
+        run = run.initrd(initrd);
+    }
+    if let Some(made) = initrd::make(args)? {
+        run = run.initramfs(made);
+    }
+    if let Some(format) = args.boot_protocol {
+        run = run.protocol(format.into());
+    }
+    if let Some(time) = args.timeout {
+        run = run.timeout(time);
+    }
+    run = args.disks.iter().cloned().fold(run, Run::disk);
+    run = headless.symbols.iter().fold(run, |run, path| run.symbols(path));
+    for path in &headless.trap_files {
+        let text = fs::read_to_string(path)
+            .with_context(|| format!("cannot read the traps in {}; check the path", path.display()))?;
+        let rules = rules::from_toml(&text, &path.to_string_lossy())?;
+        run = rules.into_iter().fold(run, Run::rule);
+    }
+    Ok(headless.traps.iter().fold(run, |run, rule| run.trap(rule)))
+}
+
+fn prepare(args: &RunArgs) -> anyhow::Result<(Vm, Supervisor)> {
+    let run = describe(args)?;
+    let run = match &args.console {
+        ConsoleTarget::Stdio => run.console(Unbuffered(io::stdout())),
+        ConsoleTarget::None => run,
+        ConsoleTarget::File(path) => run.console(
             File::create(path)
                 .with_context(|| format!("cannot write the console to {}; choose another file", path.display()))?,
         ),
     };
-    Ok(Vm::boot(VmConfig { memory: args.memory, boot, console, arm_hook: None })?)
+    Ok(run.prepare()?)
 }
 
 /// Stdout without waiting for the end of a line: a guest's prompt has none.
@@ -146,21 +175,29 @@ fn is_elf(path: &Path) -> bool {
     File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == *b"\x7fELF"
 }
 
+/// How a guest came to its end, and the stop that a trap has ended it with, if it was one.
+type End = (Verdict, Option<StopRecord>);
+
 /// Everything that the loop looks after.
 struct Session {
     vm: Target<Vm>,
+    /// Gone once the run is over.
+    supervisor: Option<Supervisor>,
+    /// A trap has ended the run, and the debugger that is attached has not let the guest go on yet.
+    held: Option<End>,
     stub: Option<Stub>,
     /// The user's wish, from within the console, to end the run.
     quit: Option<EventFd>,
     timer: TimerFd,
     timeout: Option<Duration>,
+    fds: [RawFd; 2],
     signals: [(i32, UnixStream); 3],
     /// What the loop has come to, or what went wrong inside of an event handler.
     outcome: Option<anyhow::Result<Outcome>>,
 }
 
 impl Session {
-    fn new(vm: Vm, stub: Option<Stub>, args: &RunArgs) -> anyhow::Result<Self> {
+    fn new(vm: Vm, supervisor: Supervisor, stub: Option<Stub>) -> anyhow::Result<Self> {
         let listen = |signal: i32| -> io::Result<(i32, UnixStream)> {
             let (receiver, sender) = UnixStream::pair()?;
             receiver.set_nonblocking(true)?;
@@ -169,10 +206,22 @@ impl Session {
         };
         let signals = [listen(SIGINT)?, listen(SIGTERM)?, listen(SIGHUP)?];
         let mut timer = TimerFd::new().map_err(io::Error::from)?;
-        if let Some(time) = args.timeout {
+        let timeout = supervisor.timeout();
+        if let Some(time) = timeout {
             timer.reset(time, None).map_err(io::Error::from)?;
         }
-        Ok(Self { vm: Target::new(vm), stub, quit: None, timer, timeout: args.timeout, signals, outcome: None })
+        Ok(Self {
+            vm: Target::new(vm),
+            fds: supervisor.fds(),
+            supervisor: Some(supervisor),
+            held: None,
+            stub,
+            quit: None,
+            timer,
+            timeout,
+            signals,
+            outcome: None,
+        })
     }
 
     /// Says what a user needs to know to go on, on stderr.
@@ -191,6 +240,9 @@ impl Session {
     }
 
     fn run(mut self, args: &RunArgs) -> anyhow::Result<Outcome> {
+        if let Some(supervisor) = &mut self.supervisor {
+            supervisor.begins();
+        }
         if !args.wait {
             self.go()?;
         }
@@ -209,43 +261,113 @@ impl Session {
         }
     }
 
+    /// All go on as they did, so that a step that a debugger has asked for is not lost.
     fn go(&mut self) -> anyhow::Result<()> {
-        let plan = ResumePlan::all(self.vm.vcpus(), RunMode::Continue);
+        let plan = match self.stub.as_ref().is_some_and(Stub::is_attached) {
+            true => self.vm.last_plan(),
+            false => ResumePlan::all(self.vm.vcpus(), RunMode::Continue),
+        };
         if let Some(stop) = self.vm.resume(&plan)? {
             self.stopped(stop)?;
         }
         Ok(())
     }
 
-    /// A stop, with the world parked: the debugger's to look at, or else the verdict.
+    /// A stop, with the world parked: a trap's, the debugger's to look at, or else the verdict.
     fn stopped(&mut self, stop: Stop) -> anyhow::Result<()> {
-        if let Some(stub) = self.stub.as_mut().filter(|stub| stub.is_attached()) {
-            stub.stopped(stop, &mut self.vm)?;
-            self.look_for_the_end();
-            return Ok(());
+        let next = match &mut self.supervisor {
+            Some(supervisor) => supervisor.stopped(&mut self.vm, &stop)?,
+            None => Next::Nothing,
+        };
+        match next {
+            Next::Nothing if self.is_attached() => self.show(stop),
+            Next::Nothing => match Verdict::of_stop(&stop.reason) {
+                Some(verdict) => self.over(verdict, None),
+                None => self.go(),
+            },
+            next => self.follow(next, Some(stop)),
         }
-        match Verdict::of_stop(&stop.reason) {
-            Some(verdict) => self.outcome = Some(Ok(Outcome::Verdict(verdict))),
-            None => self.go()?,
+    }
+
+    /// What a trap wants, which has stopped the world.
+    fn follow(&mut self, next: Next, stop: Option<Stop>) -> anyhow::Result<()> {
+        let interrupted = || Stop::new(VcpuId(0), StopReason::Interrupted);
+        match next {
+            Next::Nothing => Ok(()),
+            Next::Go => self.go(),
+            Next::Hold(reason) => {
+                eprintln!("trapline: {reason}");
+                if self.is_attached() {
+                    return self.show(stop.unwrap_or_else(interrupted));
+                }
+                // Whoever comes to look takes the time that it takes.
+                self.timer.clear().map_err(io::Error::from)?;
+                eprintln!("trapline: the guest stands there until a debugger lets it go on");
+                Ok(())
+            }
+            Next::End(ended) => {
+                let verdict = match &self.supervisor {
+                    Some(supervisor) => supervisor.verdict_of(&ended),
+                    None => Verdict::Pass,
+                };
+                let record = ended.stop.map(|stop| *stop);
+                if !self.is_attached() {
+                    return self.over(verdict, record);
+                }
+                eprintln!("trapline: {verdict}");
+                self.held.get_or_insert((verdict, record));
+                self.show(stop.unwrap_or_else(interrupted))
+            }
+        }
+    }
+
+    fn is_attached(&self) -> bool {
+        self.stub.as_ref().is_some_and(Stub::is_attached)
+    }
+
+    /// Shows the debugger a stop.
+    fn show(&mut self, stop: Stop) -> anyhow::Result<()> {
+        if let Some(stub) = &mut self.stub {
+            stub.stopped(stop, &mut self.vm)?;
+        }
+        self.look_for_the_end()
+    }
+
+    /// After every call of the stub: a debugger may have ended the run, or been told of its end.
+    fn look_for_the_end(&mut self) -> anyhow::Result<()> {
+        match self.vm.ended() {
+            Some(ending) => {
+                let verdict = Verdict::from(ending);
+                self.over(verdict, None)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The run is over. What a trap has ended while a debugger was looking stays ended.
+    fn over(&mut self, verdict: Verdict, stop: Option<StopRecord>) -> anyhow::Result<()> {
+        let (verdict, stop) = self.held.take().unwrap_or((verdict, stop));
+        if let Some(supervisor) = self.supervisor.take() {
+            let outcome = supervisor.finish(&mut self.vm, verdict, stop);
+            self.outcome = Some(Ok(Outcome::Over(Box::new(outcome))));
         }
         Ok(())
     }
 
-    /// After every call of the stub: a debugger may have ended the run, or been told of its end.
-    fn look_for_the_end(&mut self) {
-        if let Some(ending) = self.vm.ended() {
-            self.outcome = Some(Ok(Outcome::Verdict(Verdict::from(ending))));
-        }
-    }
-
     /// Ends the run from outside.
-    fn end(&mut self, outcome: Outcome) -> anyhow::Result<()> {
+    fn end(&mut self, verdict: Verdict) -> anyhow::Result<()> {
+        self.over(verdict, None)?;
         self.vm.kill();
         if let Some(stub) = &mut self.stub {
             let stop = Stop::new(VcpuId(0), StopReason::Ended(Ending::Killed));
             stub.stopped(stop, &mut self.vm)?;
         }
-        self.outcome = Some(Ok(outcome));
+        Ok(())
+    }
+
+    fn interrupted(&mut self, signal: i32) -> anyhow::Result<()> {
+        self.end(Verdict::Killed)?;
+        self.outcome = Some(Ok(Outcome::Interrupted(signal)));
         Ok(())
     }
 
@@ -262,15 +384,21 @@ impl Session {
                 }
             }
         } else if let Some((signal, _)) = self.signals.iter().find(|(_, stream)| stream.as_raw_fd() == fd) {
-            self.end(Outcome::Interrupted(*signal))?;
+            self.interrupted(*signal)?;
         } else if fd == self.timer.as_raw_fd() {
             let time = self.timeout.unwrap_or_default();
-            self.end(Outcome::Verdict(Verdict::TimedOut(time)))?;
+            self.end(Verdict::TimedOut(time))?;
         } else if self.quit.as_ref().is_some_and(|quit| quit.as_raw_fd() == fd) {
-            self.end(Outcome::Interrupted(SIGINT))?;
+            self.interrupted(SIGINT)?;
+        } else if self.fds.contains(&fd) {
+            let next = match &mut self.supervisor {
+                Some(supervisor) => supervisor.ready(&mut self.vm, fd)?,
+                None => Next::Nothing,
+            };
+            self.follow(next, None)?;
         } else if let Some(stub) = &mut self.stub {
             stub.ready(&mut self.vm)?;
-            self.look_for_the_end();
+            self.look_for_the_end()?;
         }
         Ok(())
     }
@@ -287,7 +415,7 @@ impl MutEventSubscriber for Session {
         let quit = self.quit.as_ref().map(AsRawFd::as_raw_fd);
         let signals = self.signals.each_ref().map(|(_, stream)| stream.as_raw_fd());
         let stub = self.stub.as_ref().map(Stub::fd);
-        for fd in fixed.into_iter().chain(signals).chain(quit).chain(stub) {
+        for fd in fixed.into_iter().chain(self.fds).chain(signals).chain(quit).chain(stub) {
             if let Err(error) = add(ops, fd) {
                 self.outcome = Some(Err(error));
             }

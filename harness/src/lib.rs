@@ -7,6 +7,8 @@ pub mod console;
 pub mod files;
 pub mod initramfs;
 pub mod report;
+pub mod rules;
+pub mod run;
 pub mod symbols;
 pub mod unwind;
 mod verdict;

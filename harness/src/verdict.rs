@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use trapline_vmm::debug::{Crash, Ending, StopReason};
 
+use crate::report::VerdictKind;
+
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
@@ -20,17 +22,47 @@ pub enum Verdict {
     Died(Crash),
     /// A debugger killed it: that is how its user ends a session.
     Killed,
+    /// A trap has ended the run.
+    Trapped {
+        /// Its index among the rules.
+        trap: usize,
+        /// 3, or 4 for one that means a panic.
+        exit_code: u8,
+        /// What happened, in a line.
+        reason: String,
+    },
+    /// All was well, but these traps, which had to be hit, were not; by their names.
+    Missed(Vec<String>),
+    /// The guest ended well, but it has reported so many failed tests.
+    TestsFailed(usize),
 }
 
 impl Verdict {
-    /// The process exit code: 0 pass, 1 guest reported failure, 4 panic, 5 timeout, 6 guest died.
+    /// The process exit code: 0 pass, 1 guest reported failure, 3 trap, 4 panic, 5 timeout, 6 guest died, 7 a
+    /// trap that had to be hit was not.
     pub fn exit_code(&self) -> u8 {
         match self {
             Verdict::Pass | Verdict::Killed => 0,
-            Verdict::GuestFailed(_) => 1,
+            Verdict::GuestFailed(_) | Verdict::TestsFailed(_) => 1,
+            Verdict::Trapped { exit_code, .. } => *exit_code,
             Verdict::Panicked => 4,
             Verdict::TimedOut(_) => 5,
             Verdict::Died(_) => 6,
+            Verdict::Missed(_) => 7,
+        }
+    }
+
+    /// In a word.
+    pub fn kind(&self) -> VerdictKind {
+        match self {
+            Verdict::Pass => VerdictKind::Pass,
+            Verdict::GuestFailed(_) | Verdict::TestsFailed(_) => VerdictKind::GuestFailed,
+            Verdict::Panicked | Verdict::Trapped { exit_code: 4, .. } => VerdictKind::Panic,
+            Verdict::Trapped { .. } => VerdictKind::Trap,
+            Verdict::TimedOut(_) => VerdictKind::Timeout,
+            Verdict::Died(_) => VerdictKind::Died,
+            Verdict::Killed => VerdictKind::Killed,
+            Verdict::Missed(_) => VerdictKind::MustHit,
         }
     }
 
@@ -73,6 +105,10 @@ impl fmt::Display for Verdict {
             Verdict::TimedOut(time) => write!(f, "the guest was still running after {time:?}"),
             Verdict::Died(crash) => write!(f, "the guest died: {crash}"),
             Verdict::Killed => write!(f, "the debugger killed the guest"),
+            Verdict::Trapped { reason, .. } => write!(f, "{reason}"),
+            Verdict::Missed(names) => write!(f, "never hit: {}", names.join(", ")),
+            Verdict::TestsFailed(1) => write!(f, "a test in the guest failed"),
+            Verdict::TestsFailed(tests) => write!(f, "{tests} tests in the guest failed"),
         }
     }
 }
@@ -91,6 +127,10 @@ mod tests {
             (Verdict::TimedOut(Duration::from_secs(1)), 5),
             (died, 6),
             (Verdict::Killed, 0),
+            (Verdict::Trapped { trap: 0, exit_code: 3, reason: "a".into() }, 3),
+            (Verdict::Trapped { trap: 0, exit_code: 4, reason: "a".into() }, 4),
+            (Verdict::Missed(vec!["a".into()]), 7),
+            (Verdict::TestsFailed(2), 1),
         ];
         for (verdict, code) in cases {
             assert_eq!(verdict.exit_code(), code, "{verdict}");

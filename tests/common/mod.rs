@@ -39,8 +39,15 @@ impl Stub {
             ap_start: ApStart::Sipi,
             protocol: None,
         };
-        let vm = Vm::boot(VmConfig { memory: 64 << 20, boot, console: Console::new(io::sink()), arm_hook })
-            .expect("the demo guest boots");
+        let vm = Vm::boot(VmConfig {
+            memory: 64 << 20,
+            boot,
+            console: Console::new(io::sink()),
+            disks: vec![],
+            rng: true,
+            arm_hook,
+        })
+        .expect("the demo guest boots");
         let mut server = Server::listen(&"127.0.0.1:0".parse().expect("an address"), false).expect("a free port");
         let line = server.listening().to_string();
         let port: String =

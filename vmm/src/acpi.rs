@@ -2,7 +2,7 @@
 //! switch off.
 //!
 //! ```text
-//! RSDP -> XSDT -> FADT -> DSDT (COM1, pvpanic, \_S5)
+//! RSDP -> XSDT -> FADT -> DSDT (COM1, pvpanic, virtio devices, \_S5)
 //!              |       -> FACS
 //!              -> MADT (local APICs, I/O APIC, overrides, wakeup mailbox)
 //! ```
@@ -15,10 +15,12 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, aml};
+use acpi_tables::{Aml, AmlSink, aml};
 
 use crate::boot::{ApStart, layout};
+use crate::devices::virtio::Place;
 use crate::devices::{cmos, pm, pvpanic, reset, serial};
+use crate::limits::PAGE_SIZE;
 
 const OEM_ID: [u8; 6] = *b"TRAPLN";
 const OEM_TABLE_ID: [u8; 8] = *b"TRAPLINE";
@@ -30,11 +32,12 @@ const SCI: u16 = 9;
 /// FADT, IAPC_BOOT_ARCH: there are ISA devices; there is no VGA. (No 8042 either: Linux would look for a keyboard.)
 const BOOT_ARCH: u16 = 1 | 1 << 2;
 
-/// The tables as bytes, each with the guest-physical address where it goes.
-pub fn tables(cpus: u32, ap_start: ApStart) -> Vec<(u64, Vec<u8>)> {
+/// The tables as bytes, each with the guest-physical address where it goes. There are virtio devices in the places
+/// given.
+pub fn tables(cpus: u32, ap_start: ApStart, virtio: &[Place]) -> Vec<(u64, Vec<u8>)> {
     let mut placed = Placed(layout::ACPI_START);
     let rsdp_at = placed.next(Rsdp::len());
-    let dsdt = dsdt();
+    let dsdt = dsdt(virtio);
     let dsdt_at = placed.next(dsdt.len());
     let fadt = fadt(dsdt_at);
     let fadt_at = placed.next(fadt.len());
@@ -152,7 +155,7 @@ fn madt(cpus: u32, ap_start: ApStart) -> Vec<u8> {
 }
 
 /// Differentiated system description table: what is not found by convention.
-fn dsdt() -> Vec<u8> {
+fn dsdt(virtio: &[Place]) -> Vec<u8> {
     /// Present, enabled, shown, working.
     const STATUS: u8 = 0xf;
     let status = aml::Name::new("_STA".into(), &STATUS);
@@ -171,7 +174,11 @@ fn dsdt() -> Vec<u8> {
     let panic_resources = aml::Name::new("_CRS".into(), &panic_resources);
     let panic = aml::Device::new("PEVT".into(), vec![&panic_id, &status, &panic_resources]);
 
-    let devices = aml::Scope::new("\\_SB_".into(), vec![&uart, &panic]);
+    let virtio: Vec<Vec<u8>> = virtio.iter().map(|place| virtio_device(place, &status)).collect();
+    let virtio: Vec<Raw<'_>> = virtio.iter().map(|bytes| Raw(bytes)).collect();
+    let mut children: Vec<&dyn Aml> = vec![&uart, &panic];
+    children.extend(virtio.iter().map(|device| device as &dyn Aml));
+    let devices = aml::Scope::new("\\_SB_".into(), children);
     let s5 = aml::Package::new(vec![&pm::SLEEP_TYPE_S5, &pm::SLEEP_TYPE_S5, &aml::ZERO, &aml::ZERO]);
     let s5 = aml::Name::new("\\_S5_".into(), &s5);
 
@@ -182,17 +189,44 @@ fn dsdt() -> Vec<u8> {
     dsdt.as_slice().to_vec()
 }
 
+/// One virtio-mmio device, by the ID that Linux's driver looks for.
+fn virtio_device(place: &Place, status: &dyn Aml) -> Vec<u8> {
+    let id = aml::Name::new("_HID".into(), &"LNRO0005");
+    let number = aml::Name::new("_UID".into(), &place.slot);
+    let registers = aml::Memory32Fixed::new(true, place.address as u32, PAGE_SIZE as u32);
+    // A consumer's, edge triggered, active high, its own.
+    let irq = aml::Interrupt::new(true, true, false, false, place.gsi);
+    let resources = aml::ResourceTemplate::new(vec![&registers, &irq]);
+    let resources = aml::Name::new("_CRS".into(), &resources);
+    let name = format!("VIO{}", place.slot);
+    bytes(&aml::Device::new(name.as_str().into(), vec![&id, &number, status, &resources]))
+}
+
+/// AML that is bytes already.
+struct Raw<'a>(&'a [u8]);
+
+impl Aml for Raw<'_> {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(self.0);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::virtio::PLACES;
     use crate::limits::MAX_VCPUS;
 
     fn all() -> Vec<Vec<(u64, Vec<u8>)>> {
         [1, 2, 4, MAX_VCPUS]
             .into_iter()
             .flat_map(|cpus| [(cpus, ApStart::Sipi), (cpus, ApStart::Mailbox)])
-            .map(|(cpus, ap_start)| tables(cpus, ap_start))
+            .map(|(cpus, ap_start)| tables(cpus, ap_start, &places()))
             .collect()
+    }
+
+    fn places() -> Vec<Place> {
+        (0..).map_while(Place::new).collect()
     }
 
     fn sum(bytes: &[u8]) -> u8 {
@@ -279,7 +313,7 @@ mod tests {
     #[test]
     fn every_processor_is_listed_once() {
         for cpus in [1, 2, 4, MAX_VCPUS] {
-            let tables = tables(cpus, ApStart::Sipi);
+            let tables = tables(cpus, ApStart::Sipi, &[]);
             let (_, madt) = find(&tables, b"APIC");
             let found = structures(madt);
             let apics: Vec<_> = found.iter().filter(|(t, _)| *t == 0).collect();
@@ -292,9 +326,27 @@ mod tests {
     }
 
     #[test]
+    fn every_virtio_device_is_described_where_it_is() {
+        assert_eq!(places().len(), PLACES as usize);
+        for count in [0, 1, PLACES as usize] {
+            let tables = tables(1, ApStart::Sipi, &places()[..count]);
+            let (_, dsdt) = find(&tables, b"DSDT");
+            let at = |bytes: &[u8]| dsdt.windows(bytes.len()).filter(|window| *window == bytes).count();
+            assert_eq!(at(b"LNRO0005"), count);
+            for place in &places()[..count] {
+                // 32-bit fixed memory: writable, base, length. Extended interrupt: consumer and edge, one, its number
+                // (ACPI 6.5, 6.4.3.4 and 6.4.3.6).
+                let memory = [&[0x86, 9, 0, 1][..], &(place.address as u32).to_le_bytes(), &[0, 0x10, 0, 0]].concat();
+                let interrupt = [&[0x89, 6, 0, 0b0011, 1][..], &place.gsi.to_le_bytes()].concat();
+                assert_eq!((at(&memory), at(&interrupt)), (1, 1), "{place:x?}");
+            }
+        }
+    }
+
+    #[test]
     fn the_mailbox_is_announced_only_when_it_is_used() {
         for (ap_start, count) in [(ApStart::Sipi, 0), (ApStart::Mailbox, 1)] {
-            let tables = tables(2, ap_start);
+            let tables = tables(2, ap_start, &[]);
             let (_, madt) = find(&tables, b"APIC");
             let wakeup: Vec<_> = structures(madt).into_iter().filter(|(t, _)| *t == 16).collect();
             assert_eq!(wakeup.len(), count);
@@ -307,7 +359,7 @@ mod tests {
 
     #[test]
     fn the_fadt_names_the_registers_that_the_devices_have() {
-        let tables = tables(1, ApStart::Sipi);
+        let tables = tables(1, ApStart::Sipi, &[]);
         let (_, fadt) = find(&tables, b"FACP");
         assert_eq!(word(fadt, 56), u32::from(pm::EVENT_PORT));
         assert_eq!(word(fadt, 64), u32::from(pm::CONTROL_PORT));

@@ -340,7 +340,10 @@ impl Coordinator {
             return work(self);
         }
         let parked = self.ask_all(&Request::Park).map_err(|error| BreakpointError::Apply(error.to_string()));
-        let result = parked.and_then(|()| work(self));
+        let result = parked.and_then(|()| {
+            self.ground.hold_devices(true);
+            work(self)
+        });
         self.unpark();
         result
     }
@@ -394,6 +397,7 @@ impl Coordinator {
             let seq = self.next_seq();
             self.send(n, seq, Request::Unpark);
         }
+        self.ground.hold_devices(false);
     }
 
     /// Stops the world, if it runs. What happened meanwhile is kept for [`take_stop`](Self::take_stop).
@@ -448,6 +452,7 @@ impl Coordinator {
             self.vcpus[n].mode = plan.mode(VcpuId(n as u32));
         }
         self.world = World::Running;
+        self.ground.hold_devices(false);
         self.registers.fill(None);
         let mode = |(n, vcpu): (usize, &VcpuHandle)| if waits(VcpuId(n as u32)) { RunMode::Parked } else { vcpu.mode };
         let requests: Vec<_> = self.vcpus.iter().enumerate().map(mode).map(Request::Resume).collect();
@@ -587,6 +592,12 @@ impl Coordinator {
         vcpus.into_iter().find(|&vcpu| self.was_resumed(vcpu)).unwrap_or(VcpuId(0))
     }
 
+    /// How each vCPU was resumed last.
+    pub fn last_plan(&self) -> ResumePlan {
+        let plan = ResumePlan::all(self.vcpus.len(), RunMode::Parked);
+        (0..).zip(&self.vcpus).fold(plan, |plan, (n, vcpu)| plan.with(VcpuId(n), vcpu.mode))
+    }
+
     /// What a parked vCPU is doing.
     pub fn activity(&mut self, vcpu: VcpuId) -> Result<Activity, CoordinatorError> {
         match self.ask_stopped(vcpu, Request::ReadActivity)? {
@@ -655,6 +666,7 @@ impl Coordinator {
         self.world = World::Over(ending.clone());
         self.pending.clear();
         self.quit();
+        self.ground.hold_devices(true);
         Stop::new(VcpuId(0), StopReason::Ended(ending))
     }
 

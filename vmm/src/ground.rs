@@ -6,10 +6,11 @@
 use std::collections::BTreeSet;
 use std::io;
 
+use crate::debug::INT3;
 use crate::memory::GuestRam;
 use crate::paging::{read_physical, write_all_physical};
 
-/// What can be done to guest memory. Called only while no vCPU runs.
+/// What can be done to guest memory. It changes only while no vCPU runs.
 pub trait Ground: Send {
     /// Reads RAM from `gpa` on; how many bytes could be read before the first that is not RAM.
     fn read(&self, gpa: u64, into: &mut [u8]) -> usize;
@@ -20,6 +21,16 @@ pub trait Ground: Send {
     /// Makes exactly these pages read-only for the guest, by the address of each. On error the
     /// pages are as they were.
     fn protect(&mut self, pages: &BTreeSet<u64>) -> io::Result<()>;
+
+    /// With `true`, devices do not touch guest memory any more once this returns; with `false` they go on.
+    fn hold_devices(&mut self, hold: bool) {
+        let _ = hold;
+    }
+
+    /// Devices have stored to watched pages, and nobody has looked yet.
+    fn has_device_stores(&self) -> bool {
+        false
+    }
 }
 
 /// Guest RAM whose pages cannot be protected.
@@ -35,11 +46,19 @@ impl Ground for RamGround {
         if self.read(gpa, &mut byte) != 1 {
             return Err(io::Error::new(io::ErrorKind::NotFound, format!("there is no RAM at {gpa:#x}")));
         }
-        Ok(byte[0] == from && write_all_physical(self.0.mem(), gpa, &[to]))
+        let done = byte[0] == from && write_all_physical(self.0.mem(), gpa, &[to]);
+        if done || to != INT3 {
+            self.0.patching(gpa, from, to);
+        }
+        Ok(done)
     }
 
     fn protect(&mut self, pages: &BTreeSet<u64>) -> io::Result<()> {
         if pages.is_empty() { Ok(()) } else { Err(io::ErrorKind::Unsupported.into()) }
+    }
+
+    fn has_device_stores(&self) -> bool {
+        self.0.has_device_stores()
     }
 }
 

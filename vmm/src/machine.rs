@@ -15,11 +15,11 @@ use kvm_bindings::{
     KVM_MSR_EXIT_REASON_FILTER, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_cpuid_entry2, kvm_enable_cap, kvm_lapic_state,
     kvm_mp_state, kvm_pit_config, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
 
 use crate::boot::{self, BootError, BootRequest, CpuState, Entry, layout};
 use crate::cpuid::{self, Topology};
-use crate::devices::{Console, Pc, serial};
+use crate::devices::{Console, Pc, serial, virtio};
 use crate::memory::{GuestRam, Slot};
 use crate::memslots::Change;
 use crate::msrs;
@@ -120,12 +120,13 @@ impl Machine {
         ram: &GuestRam,
         request: &BootRequest<'_>,
         console: Console,
+        virtio: &virtio::Devices,
         arm_hook: impl Fn(u32) -> Option<ArmHook>,
     ) -> Result<Self, MachineError> {
         // Everything that is wrong with the input is said before anything is asked of the host.
-        let entry = boot::load(ram, request)?;
+        let entry = boot::load_with(ram, request, &virtio.places())?;
         let kvm = open_kvm()?;
-        let (vm, pc) = without_cpus(&kvm, ram, request.cpus, console)?;
+        let (vm, pc) = without_cpus(&kvm, ram, request.cpus, console, virtio)?;
         let supported = setup("list its CPUID", kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
         let topology = Topology { cpus: request.cpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) };
         let (mut cpus, mut cpuid) = (Vec::new(), Vec::new());
@@ -145,13 +146,14 @@ impl Machine {
         ram: &GuestRam,
         state: &MachineState,
         console: Console,
+        virtio: &virtio::Devices,
         arm_hook: impl Fn(u32) -> Option<ArmHook>,
     ) -> Result<Self, MachineError> {
         let kvm = open_kvm()?;
         let supported = setup("list its CPUID", kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
         let supported: Vec<CpuidLeaf> = supported.as_slice().iter().map(CpuidLeaf::from).collect();
         state.check_host(&supported)?;
-        let (vm, pc) = without_cpus(&kvm, ram, state.cpuid.len() as u32, console)?;
+        let (vm, pc) = without_cpus(&kvm, ram, state.cpuid.len() as u32, console, virtio)?;
         let mut cpus = Vec::new();
         for (n, cpuid) in (0..).zip(&state.cpuid) {
             let fd = setup("create a vCPU", vm.create_vcpu(n.into()))?;
@@ -164,7 +166,13 @@ impl Machine {
 }
 
 /// A virtual machine with memory and devices.
-fn without_cpus(kvm: &Kvm, ram: &GuestRam, cpus: u32, console: Console) -> Result<(VmFd, Pc), MachineError> {
+fn without_cpus(
+    kvm: &Kvm,
+    ram: &GuestRam,
+    cpus: u32,
+    console: Console,
+    virtio: &virtio::Devices,
+) -> Result<(VmFd, Pc), MachineError> {
     let max = kvm.get_max_vcpus();
     if cpus as usize > max {
         return Err(HostError::TooManyVcpus { asked: cpus, max }.into());
@@ -174,9 +182,12 @@ fn without_cpus(kvm: &Kvm, ram: &GuestRam, cpus: u32, console: Console) -> Resul
         set_memory_region(&vm, ram, Change { slot, read_only: false })
             .map_err(|error| HostError::Setup { step: "map guest memory", error })?;
     }
-    let pc = Pc::new(ram, cpus as u8, console).map_err(|error| MachineError::Device(error.to_string()))?;
+    let pc = Pc::new(ram, cpus as u8, console, virtio).map_err(|error| MachineError::Device(error.to_string()))?;
     let irq = pc.com1.lock().irq().map_err(|error| MachineError::Device(error.to_string()))?;
     setup("connect the console's interrupt", vm.register_irqfd(&irq, serial::COM1_IRQ))?;
+    for device in virtio.iter() {
+        connect(&vm, device)?;
+    }
     Ok((vm, pc))
 }
 
@@ -184,6 +195,13 @@ fn set_cpuid(fd: &VcpuFd, cpuid: &[kvm_cpuid_entry2]) -> Result<(), HostError> {
     let cpuid = CpuId::from_entries(cpuid)
         .map_err(|_| HostError::Setup { step: "set a vCPU's CPUID", error: io::ErrorKind::OutOfMemory.into() })?;
     setup("set a vCPU's CPUID", fd.set_cpuid2(&cpuid))
+}
+
+/// Interrupt and kick of a virtio device go through KVM alone (KVM API 4.75, 4.59).
+fn connect(vm: &VmFd, device: &virtio::Device) -> Result<(), HostError> {
+    setup("connect a virtio device's interrupt", vm.register_irqfd(device.irq(), device.place.gsi))?;
+    let notify = IoEventAddress::Mmio(device.place.address + virtio::NOTIFY);
+    setup("connect a virtio device's kick", vm.register_ioevent(device.kick(), &notify, 0u32))
 }
 
 /// KVM_SET_USER_MEMORY_REGION (KVM API 4.35), for a slot that maps a part of `ram`.

@@ -5,14 +5,15 @@
 //!  | RAM ...  | PCI hole   | RAM that did not fit below ...
 //! ```
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use thiserror::Error;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::boot::layout;
+use crate::debug::INT3;
 use crate::limits::{MAX_MEMORY, MIB, MIN_MEMORY, PAGE_SIZE, PCI_HOLE_END, PCI_HOLE_START};
 use crate::paging::{read_physical, write_all_physical};
 
@@ -101,12 +102,24 @@ pub struct DeviceStore {
     pub new: Vec<u8>,
 }
 
-/// The pages that somebody watches, and the stores of devices to them that nobody has looked at yet.
-#[derive(Debug, Default)]
+/// What the debugger does to guest memory, as far as it is the devices' business.
+#[derive(Default)]
 struct Watched {
+    /// The pages that somebody watches.
     pages: RwLock<BTreeSet<u64>>,
-    any: AtomicBool,
+    /// The stores of devices to them that nobody has looked at yet.
     stores: Mutex<Vec<DeviceStore>>,
+    any: AtomicBool,
+    /// Rung when there is one.
+    bell: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    /// The bytes under INT3 patches, by address.
+    patched: RwLock<BTreeMap<u64, u8>>,
+}
+
+impl std::fmt::Debug for Watched {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Watched").field("pages", &self.pages).field("stores", &self.stores).finish_non_exhaustive()
+    }
 }
 
 impl GuestRam {
@@ -160,17 +173,58 @@ impl GuestRam {
     ///
     /// Whoever is not the guest writes to [`mem`](Self::mem), and nobody is told.
     pub fn device_write(&self, gpa: u64, bytes: &[u8]) -> bool {
-        let watched = !bytes.is_empty() && self.is_watched(gpa, bytes.len() as u64);
-        if !watched {
-            return write_all_physical(&self.mem, gpa, bytes);
+        self.told(gpa, bytes.len(), || write_all_physical(&self.mem, gpa, bytes))
+    }
+
+    /// Runs `store`, which writes `len` bytes at `gpa` for a device and says whether it did, and tells those who watch.
+    pub(crate) fn told(&self, gpa: u64, len: usize, store: impl FnOnce() -> bool) -> bool {
+        if len == 0 || !self.is_watched(gpa, len as u64) {
+            return store();
         }
-        let mut old = vec![0; bytes.len()];
-        let done = read_physical(&self.mem, gpa, &mut old) == old.len() && write_all_physical(&self.mem, gpa, bytes);
-        if done {
-            lock(&self.watched.stores).push(DeviceStore { gpa, old, new: bytes.to_vec() });
+        let (mut old, mut new) = (vec![0; len], vec![0; len]);
+        let done = read_physical(&self.mem, gpa, &mut old) == len && store();
+        if done && read_physical(&self.mem, gpa, &mut new) == len {
+            lock(&self.watched.stores).push(DeviceStore { gpa, old, new });
             self.watched.any.store(true, Ordering::Release);
+            if let Some(ring) = self.watched.bell.get() {
+                ring();
+            }
         }
         done
+    }
+
+    /// Reads for a device, on behalf of the guest; whether all of it was RAM. Patches are not shown: what goes to a
+    /// disk must not have our INT3 in it (law 55).
+    pub fn device_read(&self, gpa: u64, into: &mut [u8]) -> bool {
+        let done = read_physical(&self.mem, gpa, into) == into.len();
+        let patched = self.watched.patched.read().unwrap_or_else(PoisonError::into_inner);
+        for (at, original) in patched.range(gpa..gpa.saturating_add(into.len() as u64)) {
+            // What the guest has written over a patch is its own.
+            if let Some(byte) = into.get_mut((at - gpa) as usize).filter(|byte| **byte == INT3) {
+                *byte = *original;
+            }
+        }
+        done
+    }
+
+    /// The byte at `gpa` is replaced: notes a patch that comes or goes.
+    pub(crate) fn patching(&self, gpa: u64, from: u8, to: u8) {
+        let mut patched = self.watched.patched.write().unwrap_or_else(PoisonError::into_inner);
+        match (from, to) {
+            (_, INT3) => _ = patched.insert(gpa, from),
+            (INT3, _) => _ = patched.remove(&gpa),
+            _ => {}
+        }
+    }
+
+    /// Whom to call, on whatever thread, when a device has stored to a watched page. The first call counts.
+    pub(crate) fn on_device_store(&self, ring: impl Fn() + Send + Sync + 'static) {
+        let _ = self.watched.bell.set(Box::new(ring));
+    }
+
+    /// Whether [`take_device_stores`](Self::take_device_stores) would give any.
+    pub(crate) fn has_device_stores(&self) -> bool {
+        self.watched.any.load(Ordering::Acquire)
     }
 
     fn is_watched(&self, gpa: u64, len: u64) -> bool {
@@ -266,6 +320,40 @@ mod tests {
         ram.watch(&BTreeSet::new());
         assert!(ram.device_write(0x3000, &[7; 8]));
         assert_eq!(ram.take_device_stores(), []);
+    }
+
+    #[test]
+    fn l65_the_bell_rings_for_watched_pages_only() {
+        let ram = GuestRam::new(4 * MIB).unwrap();
+        let rung = Arc::new(Mutex::new(0));
+        let ring = rung.clone();
+        ram.on_device_store(move || *ring.lock().unwrap() += 1);
+        ram.watch(&BTreeSet::from([0x3000]));
+        assert!(ram.device_write(0x4000, &[1]));
+        assert_eq!((*rung.lock().unwrap(), ram.has_device_stores()), (0, false));
+        assert!(ram.device_write(0x3000, &[1]));
+        assert_eq!((*rung.lock().unwrap(), ram.has_device_stores()), (1, true));
+    }
+
+    #[test]
+    fn l55_devices_read_what_is_under_patches() {
+        use crate::ground::{Ground, RamGround};
+        let ram = GuestRam::new(4 * MIB).unwrap();
+        let mut ground = RamGround(ram.clone());
+        assert!(ram.device_write(0x1000, &[1, 2, 3, INT3]));
+        let read = || {
+            let mut bytes = [0; 4];
+            assert!(ram.device_read(0x1000, &mut bytes));
+            bytes
+        };
+        assert!(ground.replace(0x1001, 2, INT3).unwrap());
+        assert!(!ground.replace(0x1002, 9, INT3).unwrap(), "no patch comes of it");
+        assert_eq!(read(), [1, 2, 3, INT3], "the guest's own INT3 stays");
+        assert!(ram.device_write(0x1001, &[7]));
+        assert_eq!(read(), [1, 7, 3, INT3], "what is written over a patch is the guest's");
+        assert!(!ground.replace(0x1001, INT3, 2).unwrap());
+        assert!(ram.device_write(0x1001, &[INT3]));
+        assert_eq!(read(), [1, INT3, 3, INT3], "the patch is gone");
     }
 
     #[test]

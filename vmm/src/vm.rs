@@ -16,6 +16,7 @@ use crate::debug::{
     Breakpoint, BreakpointError, Ending, Handler, INT3, Level, Mechanism, Notice, Offer, Owner, PortHandler,
     ResumePlan, Stop, StopReason, VcpuId,
 };
+use crate::devices::virtio::{self, Backend, Disk, DiskConfig, DiskError, Entropy};
 use crate::devices::{Console, Pc, Serial, Shared};
 use crate::machine::{self, HostError, KvmGround, Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
@@ -34,6 +35,10 @@ pub struct VmConfig<'a> {
     pub boot: BootRequest<'a>,
     /// Where the console's output goes.
     pub console: Console,
+    /// Its disks, in the order in which the guest is to find them.
+    pub disks: Vec<DiskConfig>,
+    /// Whether it has a source of random bytes (virtio-rng).
+    pub rng: bool,
     /// For tests: asked before each vCPU is armed, so that an ioctl can be made to fail.
     pub arm_hook: Option<VcpuHook>,
 }
@@ -56,6 +61,9 @@ pub enum VmError {
     /// It cannot be restored from the state that was given.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// A disk cannot be attached.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Threads, eventfds.
     #[error("cannot start the machine: {0}; raise the limits of open files and threads (ulimit -n, ulimit -u)")]
     Resources(String),
@@ -80,6 +88,15 @@ fn hook_for(hook: Option<VcpuHook>) -> impl Fn(u32) -> Option<ArmHook> {
     }
 }
 
+/// The virtio devices, each at its place.
+fn start_virtio(ram: &GuestRam, disks: &[DiskConfig], rng: bool) -> Result<virtio::Devices, VmError> {
+    let disks = Disk::open_all(disks)?;
+    let rng = rng.then(|| (virtio::ENTROPY_SLOT, Box::new(Entropy) as Box<dyn Backend>));
+    let disks = (virtio::ENTROPY_SLOT + 1..).zip(disks).map(|(slot, disk)| (slot, Box::new(disk) as Box<dyn Backend>));
+    virtio::Devices::start(ram, rng.into_iter().chain(disks).collect())
+        .map_err(|error| VmError::Resources(error.to_string()))
+}
+
 /// A guest under the debugger. Made stopped, before its first instruction.
 pub struct Vm {
     // Dropped first: its threads use everything below.
@@ -89,6 +106,8 @@ pub struct Vm {
     ram: GuestRam,
     pc: Pc,
     cpuid: Vec<Vec<CpuidLeaf>>,
+    virtio: virtio::Devices,
+    disks: Vec<DiskConfig>,
     entry: Entry,
     events: EventFd,
     // Keeps the interrupt controllers alive for as long as devices raise lines.
@@ -99,12 +118,18 @@ impl Vm {
     /// Makes the machine and loads the kernel. No guest code has run when this returns.
     pub fn boot(config: VmConfig<'_>) -> Result<Self, VmError> {
         let ram = GuestRam::new(config.memory)?;
-        let machine = Machine::new(&ram, &config.boot, config.console, hook_for(config.arm_hook))?;
-        Self::around(machine, ram)
+        let virtio = start_virtio(&ram, &config.disks, config.rng)?;
+        let machine = Machine::new(&ram, &config.boot, config.console, &virtio, hook_for(config.arm_hook))?;
+        Self::around(machine, ram, virtio, config.disks)
     }
 
     /// The machine as its users have it, parked.
-    fn around(machine: Machine, ram: GuestRam) -> Result<Self, VmError> {
+    fn around(
+        machine: Machine,
+        ram: GuestRam,
+        virtio: virtio::Devices,
+        disks: Vec<DiskConfig>,
+    ) -> Result<Self, VmError> {
         let resources = |error: io::Error| VmError::Resources(error.to_string());
         kick::install().map_err(resources)?;
         let events = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(resources)?;
@@ -116,9 +141,12 @@ impl Vm {
         })
         .map_err(resources)?;
         let vm = Arc::new(machine.vm);
-        coordinator.use_ground(Box::new(KvmGround::new(vm.clone(), ram.clone())), Offer::SLOTS);
+        let ground = KvmGround::new(vm.clone(), ram.clone()).with_devices(virtio.bus().clone());
+        coordinator.use_ground(Box::new(ground), Offer::SLOTS);
+        let bell = events.try_clone().map_err(resources)?;
+        ram.on_device_store(move || _ = bell.write(1));
         let Machine { pc, cpuid, entry, .. } = machine;
-        Ok(Self { coordinator, ram, pc, cpuid, entry, events, offered: false, vm })
+        Ok(Self { coordinator, ram, pc, cpuid, virtio, disks, entry, events, offered: false, vm })
     }
 
     /// Readable whenever [`poll`](Self::poll) may have something to say.
@@ -129,6 +157,11 @@ impl Vm {
     /// The console's input side.
     pub fn serial(&self) -> &Shared<Serial> {
         &self.pc.com1
+    }
+
+    /// The disks and the source of random bytes.
+    pub fn virtio(&self) -> &virtio::Devices {
+        &self.virtio
     }
 
     /// What was loaded and where.
@@ -227,6 +260,11 @@ impl Vm {
         self.coordinator.resume(plan)
     }
 
+    /// How the guest was resumed last.
+    pub fn last_plan(&self) -> ResumePlan {
+        self.coordinator.last_plan()
+    }
+
     /// Looks for a stop, without waiting; the world is parked when there is one.
     pub fn poll(&mut self) -> Result<Option<Stop>, CoordinatorError> {
         // Emptied before the look, so that what comes later wakes the poller again.
@@ -305,8 +343,14 @@ impl Vm {
     /// Reads linear memory as `vcpu` sees it, without breakpoints (law 55); how many bytes could be read.
     pub fn read_memory(&mut self, vcpu: VcpuId, addr: u64, into: &mut [u8]) -> Result<usize, CoordinatorError> {
         let paging = Paging::from(&self.registers(vcpu)?);
+        Ok(self.read_linear(&paging, addr, into))
+    }
+
+    /// Reads linear memory through page tables that are known already, without breakpoints; how many bytes could be read.
+    /// It waits for nobody.
+    pub fn read_linear(&self, paging: &Paging, addr: u64, into: &mut [u8]) -> usize {
         let image = self.coordinator.image();
-        Ok(paging.read_shown(self.ram.mem(), addr, into, |gpa, bytes| image.hide_patches(gpa, bytes)))
+        paging.read_shown(self.ram.mem(), addr, into, |gpa, bytes| image.hide_patches(gpa, bytes))
     }
 
     /// Writes linear memory as `vcpu` sees it; whether all of it was there. If not, nothing was written.
@@ -324,6 +368,11 @@ impl Vm {
         let got = paging::read_physical(self.ram.mem(), addr, into);
         self.coordinator.image().hide_patches(addr, &mut into[..got]);
         got
+    }
+
+    /// Takes the breakpoints out of what was read of guest memory from `gpa` on.
+    pub fn hide_breakpoints(&self, gpa: u64, bytes: &mut [u8]) {
+        self.coordinator.image().hide_patches(gpa, bytes);
     }
 
     /// Writes guest-physical memory; whether all of it was RAM. If not, nothing was written.

@@ -1,16 +1,20 @@
 //! An ELF file: its sections, decompressed when they are first asked for, and its symbols.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use object::read::elf::{ElfFile, FileHeader};
-use object::{Object, ObjectKind, ObjectSection, ObjectSymbol, SectionFlags, SectionIndex, SymbolKind, elf};
+use object::{
+    Object, ObjectKind, ObjectSection, ObjectSymbol, RelocationKind, RelocationTarget, SectionFlags, SectionIndex,
+    SymbolKind, elf,
+};
 
 use super::error::SymbolsError;
 use super::file::Bytes;
-use super::table::{Class, Kind, Raw, Table};
+use super::table::{Builder, Class, Kind, Raw, Table};
 
 /// A section's contents are decompressed up to this; a header that says more is damaged.
 const MOST_DECOMPRESSED: u64 = 8 << 30;
@@ -22,8 +26,11 @@ pub(super) struct Elf {
     bytes: Arc<Bytes>,
     /// Relocatable: a module before it is loaded.
     pub(super) relocatable: bool,
+    /// Linux's linker scripts made it, and so section names mean what they mean there.
+    linux: bool,
     sections: Vec<Section>,
     build_id: Option<Vec<u8>>,
+    debuglink: Option<String>,
 }
 
 /// One section.
@@ -48,6 +55,14 @@ pub(super) struct Section {
 impl Section {
     pub(super) fn range(&self) -> Range<u64> {
         self.address..self.address.saturating_add(self.size)
+    }
+
+    pub(super) fn is_code(&self) -> bool {
+        self.exec
+    }
+
+    fn is_percpu(&self) -> bool {
+        self.name.starts_with(".data..percpu") || self.name.starts_with(".data.percpu")
     }
 
     fn has_contents(&self) -> bool {
@@ -103,12 +118,16 @@ impl Elf {
                 made: OnceLock::new(),
             });
         }
+        let relocatable = file.kind() == ObjectKind::Relocatable;
+        let linux = |section: &Section| section.name == "__ksymtab" || section.name == ".init.text";
         Ok(Elf {
             path: PathBuf::new(),
             bytes: Arc::new(Bytes::Owned(Vec::new())),
-            relocatable: file.kind() == ObjectKind::Relocatable,
+            relocatable,
+            linux: relocatable || sections.iter().any(linux),
             sections,
             build_id: file.build_id().ok().flatten().map(<[u8]>::to_vec),
+            debuglink: file.gnu_debuglink().ok().flatten().map(|(name, _)| String::from_utf8_lossy(name).into_owned()),
         })
     }
 
@@ -118,6 +137,11 @@ impl Elf {
 
     pub(super) fn build_id(&self) -> Option<&[u8]> {
         self.build_id.as_deref()
+    }
+
+    /// Name of the file with its debug information, if it names one.
+    pub(super) fn debuglink(&self) -> Option<&str> {
+        self.debuglink.as_deref()
     }
 
     pub(super) fn sections(&self) -> &[Section] {
@@ -176,41 +200,118 @@ impl Elf {
         self.section(".debug_info").is_some()
     }
 
+    /// The value of a symbol, by going through all of them.
+    pub(super) fn address_of(&self, name: &str) -> Option<u64> {
+        let file = object::File::parse(&**self.bytes).ok()?;
+        let symbol = file.symbols().find(|symbol| symbol.name() == Ok(name));
+        symbol.map(|symbol| symbol.address())
+    }
+
     /// Its symbol table. Damaged symbols are left out.
     pub(super) fn table(&self) -> Table {
-        let Ok(file) = object::File::parse(&**self.bytes) else { return Table::default() };
-        let named = |name: &str| file.symbols().find(|symbol| symbol.name() == Ok(name)).map(|symbol| symbol.address());
-        let init = match (self.linux(), named("__init_begin"), named("__init_end")) {
+        let mut builder = Builder::default();
+        self.each_symbol(|raw| builder.add(raw));
+        builder.build(&self.bounds())
+    }
+
+    /// Calls `with` for each of its symbols. Those of a module are where its sections were placed.
+    pub(super) fn each_symbol(&self, mut with: impl FnMut(&Raw<'_>)) {
+        let Ok(file) = object::File::parse(&**self.bytes) else { return };
+        let init = match (self.linux, self.address_of("__init_begin"), self.address_of("__init_end")) {
             (true, Some(begin), Some(end)) => begin..end,
             _ => 0..0,
         };
-        let classes: Vec<(SectionIndex, Class)> =
-            self.sections.iter().map(|section| (section.index, self.class(section, &init))).collect();
-        let by_index = |index: SectionIndex| {
-            // Sections stand in the order of their indices.
-            let at = classes.binary_search_by_key(&index.0, |(index, _)| index.0).ok()?;
-            classes.get(at).map(|&(_, class)| class)
-        };
-        let symbols = file.symbols().filter_map(|symbol| {
+        let classes: Vec<Class> = self.sections.iter().map(|section| self.class(section, &init)).collect();
+        for symbol in file.symbols().filter(|symbol| !symbol.is_undefined()) {
             let kind = match symbol.kind() {
                 SymbolKind::Text => Kind::Function,
                 SymbolKind::Data | SymbolKind::Tls => Kind::Variable,
                 SymbolKind::Unknown | SymbolKind::Label => Kind::Unknown,
-                _ => return None,
+                _ => continue,
             };
-            if symbol.is_undefined() {
-                return None;
-            }
-            Some(Raw {
-                name: symbol.name().ok()?,
-                address: symbol.address(),
+            let section = symbol.section_index().and_then(|index| self.position(index));
+            let base = match section.and_then(|position| self.sections.get(position)) {
+                Some(section) if self.relocatable => section.address,
+                _ => 0,
+            };
+            let Ok(name) = symbol.name() else { continue };
+            with(&Raw {
+                name,
+                address: symbol.address().wrapping_add(base),
                 size: symbol.size(),
                 kind,
-                class: symbol.section_index().and_then(by_index).unwrap_or(Class::Absolute),
+                class: section.and_then(|position| classes.get(position).copied()).unwrap_or(Class::Absolute),
                 global: !symbol.is_local(),
-            })
-        });
-        Table::new(symbols, &self.bounds())
+            });
+        }
+    }
+
+    /// Calls `with` for each symbol that is in a section: its name, the section's number and its value, which in a
+    /// module is its offset in the section.
+    pub(super) fn each_in_section(&self, mut with: impl FnMut(&str, usize, u64)) {
+        let Ok(file) = object::File::parse(&**self.bytes) else { return };
+        for symbol in file.symbols().filter(|symbol| !symbol.is_undefined()) {
+            if let (Ok(name), Some(index)) = (symbol.name(), symbol.section_index())
+                && !name.is_empty()
+            {
+                with(name, index.0, symbol.address());
+            }
+        }
+    }
+
+    /// Where in `sections` the one with this index is.
+    fn position(&self, index: SectionIndex) -> Option<usize> {
+        self.sections.binary_search_by_key(&index.0, |section| section.index.0).ok()
+    }
+
+    /// A module with its sections at `places`, by their numbers: what refers to them is relocated in the debug
+    /// information. Sections without a place are taken out of the image.
+    pub(super) fn placed(&self, places: &HashMap<usize, u64>) -> Option<Self> {
+        let mut placed = Elf::parse(&self.path, Arc::clone(&self.bytes)).ok()?;
+        for section in &mut placed.sections {
+            match places.get(&section.index.0) {
+                Some(&address) => section.address = address,
+                None => section.alloc = false,
+            }
+        }
+        let file = object::File::parse(&**self.bytes).ok()?;
+        for section in file.sections() {
+            let Some(own) = placed.position(section.index()).and_then(|at| placed.sections.get(at)) else { continue };
+            if own.name.starts_with(".debug_") && !own.file.is_empty() {
+                let contents = placed.relocated(&file, &section).unwrap_or_default();
+                // Nobody else has this file yet.
+                let _ = own.made.set(contents);
+            }
+        }
+        Some(placed)
+    }
+
+    /// The contents of a section of debug information after relocation.
+    fn relocated<'a>(&self, file: &object::File<'a>, section: &object::Section<'a, '_>) -> Option<Vec<u8>> {
+        let data = section.compressed_data().ok()?;
+        if data.uncompressed_size > MOST_DECOMPRESSED {
+            return None;
+        }
+        let mut contents = data.decompress().ok()?.into_owned();
+        for (offset, relocation) in section.relocations() {
+            let RelocationTarget::Symbol(index) = relocation.target() else { continue };
+            let Ok(symbol) = file.symbol_by_index(index) else { continue };
+            let section = symbol.section_index().and_then(|index| self.position(index));
+            let base = section.and_then(|at| self.sections.get(at)).filter(|section| section.alloc);
+            let base = base.map(|section| section.address).unwrap_or_default();
+            let value = base.wrapping_add(symbol.address()).wrapping_add_signed(relocation.addend());
+            if relocation.kind() != RelocationKind::Absolute {
+                continue;
+            }
+            let Ok(at) = usize::try_from(offset) else { continue };
+            let bytes = value.to_le_bytes();
+            let len = usize::from(relocation.size() / 8).min(bytes.len());
+            let into = at.checked_add(len).and_then(|end| contents.get_mut(at..end));
+            if let (Some(into), Some(from)) = (into, bytes.get(..len)) {
+                into.copy_from_slice(from);
+            }
+        }
+        Some(contents)
     }
 
     /// The sections that are in memory as linked.
@@ -218,24 +319,32 @@ impl Elf {
         self.sections.iter().filter(|section| section.alloc && section.size > 0).map(Section::range).collect()
     }
 
+    /// From the lowest to the highest address of the image; per-cpu variables may be linked elsewhere.
+    pub(super) fn range(&self) -> Range<u64> {
+        let sections =
+            || self.sections.iter().filter(|section| section.alloc && section.size > 0 && !section.is_percpu());
+        let start = sections().map(|section| section.address).min().unwrap_or_default();
+        let end = sections().map(|section| section.range().end).max().unwrap_or_default();
+        start..end
+    }
+
     /// Name of the section at this address.
     pub(super) fn section_at(&self, address: u64) -> Option<&Section> {
         self.sections.iter().find(|section| section.alloc && section.range().contains(&address))
     }
 
-    /// Linux's linker script made it, and so its names mean what they mean there.
-    fn linux(&self) -> bool {
-        self.relocatable
-            || self.sections.iter().any(|section| section.name == "__ksymtab" || section.name == ".init.text")
+    /// The class of what is at this address.
+    pub(super) fn class_at(&self, address: u64, init: &Range<u64>) -> Option<Class> {
+        self.section_at(address).map(|section| self.class(section, init))
     }
 
     /// The class of a section's symbols. `init` is what is discarded after boot.
     pub(super) fn class(&self, section: &Section, init: &Range<u64>) -> Class {
         let name = section.name.as_str();
-        let linux = self.linux();
+        let linux = self.linux;
         if !section.alloc {
             Class::Absolute
-        } else if name.starts_with(".data..percpu") || name.starts_with(".data.percpu") {
+        } else if section.is_percpu() {
             Class::PerCpu
         } else if linux && name.starts_with(".exit.") && section.exec {
             Class::ExitText

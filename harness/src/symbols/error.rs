@@ -71,6 +71,13 @@ pub enum LookupError {
         /// Those that are.
         known: Vec<String>,
     },
+    /// The module is not loaded yet; when it is, the name will be there.
+    NotLoaded {
+        /// The module.
+        module: String,
+        /// The symbol in it.
+        name: String,
+    },
     /// The function has no code of its own: the compiler put a copy of it into each of its callers.
     Inlined {
         /// The function.
@@ -188,6 +195,9 @@ impl fmt::Display for LookupError {
                     some => write!(f, "; there are {}", listed(some)),
                 }
             }
+            LookupError::NotLoaded { module, name } => {
+                write!(f, "`{name}` is in the module `{module}`, which is not loaded; load it before this is looked up")
+            }
             LookupError::Inlined { name, into } => {
                 write!(f, "`{name}` has no code of its own, the compiler has inlined it")?;
                 match into.as_slice() {
@@ -242,8 +252,9 @@ impl fmt::Display for LookupError {
             }
             LookupError::Bitfield { path, bits } => write!(
                 f,
-                "`{path}` is a bit-field of {bits} bits, and hardware watches whole bytes; watch the member before or \
-                 after it with its length, or give an address"
+                "`{path}` is a bit-field of {bits} bit{}, and only whole bytes can be watched; watch the variable around it, \
+                 or give an address",
+                if *bits == 1 { "" } else { "s" }
             ),
             LookupError::BadPath { path, why } => {
                 write!(f, "`{path}`: {why}; a variable is written name, name.member or name[3].member")

@@ -19,27 +19,33 @@
 //! once a vCPU has set it, its `MSR_LSTAR`, which is where system calls enter. [`Symbols::find_slide`] then asks the guest's memory.
 //! It does so from the first instruction on that runs at the kernel's own addresses.
 
+mod btf;
+mod bzimage;
 mod dwarf;
 mod elf;
 mod error;
 mod file;
+mod kallsyms;
+mod kernel;
+mod lookup;
+mod modules;
+mod places;
 mod slide;
 mod system_map;
 mod table;
 #[cfg(test)]
 mod tests;
+mod types;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use self::dwarf::Dwarf;
-use self::elf::Elf;
-use self::file::Bytes;
-use self::slide::Fingerprint;
-use self::table::{Entry, Table};
+use self::kernel::Kernel;
+use self::modules::Module;
 
 pub use self::error::{LookupError, SymbolsError};
+pub use self::modules::{LoadedModule, ModuleState, ModulesError};
 pub use self::table::Class;
 
 /// Linear memory as one vCPU sees it.
@@ -155,22 +161,7 @@ pub struct Field {
 pub struct Symbols {
     kernel: Arc<Kernel>,
     slide: u64,
-}
-
-/// What was read of the kernel, by addresses as linked.
-#[derive(Debug, Default)]
-struct Kernel {
-    table: Table,
-    /// What is booted, or a vmlinux that holds the same.
-    image: Option<Arc<Elf>>,
-    /// With debug information: the image itself or a file beside it.
-    dwarf: Option<Dwarf>,
-    range: Range<u64>,
-    fingerprint: Fingerprint,
-    release: Option<String>,
-    build_id: Option<Vec<u8>>,
-    /// Why there is no table.
-    nothing: Option<String>,
+    modules: Arc<[Module]>,
 }
 
 impl Symbols {
@@ -181,20 +172,16 @@ impl Symbols {
     ///
     /// A file that was given for its symbols cannot be read, has none, or belongs to another kernel.
     pub fn open(sources: &Sources<'_>) -> Result<Self, SymbolsError> {
-        let mut kernel = Kernel::default();
-        if let Some(path) = sources.kernel {
-            kernel.add_kernel(path)?;
-        }
-        for path in sources.symbols {
-            kernel.add_symbols(path)?;
-        }
-        kernel.finish();
-        Ok(Symbols { kernel: Arc::new(kernel), slide: 0 })
+        Ok(Self::of(Kernel::open(sources)?))
     }
 
     /// No symbols at all.
     pub fn none() -> Self {
-        Symbols { kernel: Arc::new(Kernel::default()), slide: 0 }
+        Self::of(Kernel::default())
+    }
+
+    fn of(kernel: Kernel) -> Self {
+        Symbols { kernel: Arc::new(kernel), slide: 0, modules: Arc::new([]) }
     }
 
     /// Whether there is not one symbol.
@@ -233,270 +220,18 @@ impl Symbols {
         self.kernel.build_id.as_deref()
     }
 
-    /// The functions of this name: several if several files have a static one of the name, or the compiler made
-    /// clones. Sorted by address, each address once. `MODULE:NAME` looks in that module only.
-    ///
-    /// # Errors
-    ///
-    /// There is none, or none that can be trapped: the error says which and what to do.
-    pub fn functions(&self, name: &str) -> Result<Vec<Symbol>, LookupError> {
-        let found = self.found(name)?;
-        let functions: Vec<&Symbol> =
-            found.iter().filter(|(_, function)| *function).map(|(symbol, _)| symbol).collect();
-        if functions.is_empty() {
-            return Err(LookupError::NotAFunction { name: name.to_owned() });
-        }
-        let lasting: Vec<Symbol> =
-            functions.iter().filter(|symbol| !self.discarded(symbol)).map(|&symbol| symbol.clone()).collect();
-        match (lasting.is_empty(), functions.first()) {
-            (true, Some(first)) => Err(self.init(name, first)),
-            _ => Ok(lasting),
-        }
-    }
-
-    /// All symbols of this name, whatever they are.
-    pub fn find(&self, name: &str) -> Vec<Symbol> {
-        self.found(name).unwrap_or_default().into_iter().map(|(symbol, _)| symbol).collect()
-    }
-
-    /// The address of a symbol of any kind; of several the lowest. None for numbers and per-cpu variables, which have none.
-    pub fn address(&self, name: &str) -> Option<u64> {
-        let has_address = |entry: &&Entry| !matches!(entry.class, Class::Absolute | Class::PerCpu);
-        let entry = self.kernel.table.named(name).find(has_address)?;
-        Some(self.to_run_time(entry.address))
-    }
-
-    /// What the address is in: the symbol that reaches over it, else the one before. Of several at one place a global one is
-    /// preferred; padding (`__pfx_`) and per-cpu variables are never given.
-    pub fn locate(&self, address: u64) -> Option<Location> {
-        let linked = self.to_linked(address)?;
-        let table = &self.kernel.table;
-        let entry = table.at(linked)?;
-        Some(Location {
-            module: None,
-            symbol: table.name(entry).to_owned(),
-            offset: linked.wrapping_sub(entry.address),
-            size: entry.size,
-        })
-    }
-
-    /// The source lines of an address: the innermost inlined function first, and at last the function that the code is
-    /// in. Empty if there is no debug information for it.
-    ///
-    /// A return address belongs to the call before it: ask for the address less one.
-    pub fn lines(&self, address: u64) -> Vec<SourceLine> {
-        let Some(linked) = self.to_linked(address) else { return Vec::new() };
-        let mut lines = self.kernel.dwarf.as_ref().map(|dwarf| dwarf.lines(linked)).unwrap_or_default();
-        for line in lines.iter_mut().filter(|line| line.function.is_empty()) {
-            line.function = self.locate(address).map(|location| location.symbol).unwrap_or_default();
-        }
-        lines
-    }
-
-    /// Contents of a section of the kernel as linked, with the section's run-time address: `.orc_unwind`, `.rodata`, ..
-    pub fn section(&self, name: &str) -> Option<(u64, &[u8])> {
-        let kernel = &self.kernel;
-        let elves = kernel.image.iter().chain(kernel.dwarf.as_ref().map(Dwarf::elf));
-        let (elf, section) = elves.filter_map(|elf| Some((elf, elf.section(name)?))).next()?;
-        let address = if section.alloc { self.to_run_time(section.address) } else { 0 };
-        Some((address, elf.contents(section)))
-    }
-
-    /// What the kernel's image holds at a run-time address as linked, up to the end of the section. The running
-    /// guest may have patched or relocated it since.
-    pub fn linked_bytes(&self, address: u64) -> Option<&[u8]> {
-        self.kernel.image.as_ref()?.linked(self.to_linked(address)?)
-    }
-
-    /// Every symbol that is called so, and whether it is a function.
-    fn found(&self, name: &str) -> Result<Vec<(Symbol, bool)>, LookupError> {
-        let table = &self.kernel.table;
-        if table.is_empty() {
-            return Err(LookupError::NoSymbols { why: self.kernel.nothing.clone() });
-        }
-        let mut found: Vec<(Symbol, bool)> =
-            table.named(name).map(|entry| (self.symbol(entry, Match::Exact), entry.is_function())).collect();
-        let suffixed = table.suffixed(name);
-        let of = |wanted: Match| {
-            suffixed
-                .iter()
-                .filter(move |(_, suffix)| suffix_means(suffix) == Some(wanted))
-                .map(move |(entry, _)| (self.symbol(entry, wanted), entry.is_function()))
-        };
-        found.extend(of(Match::Clone));
-        if found.is_empty() {
-            found.extend(of(Match::Part));
-        }
-        if found.is_empty() {
-            return Err(LookupError::Missing { name: name.to_owned(), similar: table.similar(name, SIMILAR) });
-        }
-        found.sort_by_key(|(symbol, _)| symbol.address);
-        found.dedup_by_key(|(symbol, _)| symbol.address);
-        Ok(found)
-    }
-
-    fn symbol(&self, entry: &Entry, matched: Match) -> Symbol {
-        let address = match entry.class {
-            Class::PerCpu | Class::Absolute => entry.address,
-            _ => self.to_run_time(entry.address),
-        };
-        Symbol {
-            name: self.kernel.table.name(entry).to_owned(),
-            module: None,
-            address,
-            size: entry.size,
-            class: entry.class,
-            matched,
-        }
-    }
-
-    /// Whether the symbol's memory is given back after boot.
-    fn discarded(&self, symbol: &Symbol) -> bool {
-        match symbol.class {
-            Class::InitText | Class::InitData => true,
-            // A module keeps it until it is unloaded.
-            Class::ExitText => symbol.module.is_none(),
-            _ => false,
-        }
-    }
-
-    fn init(&self, name: &str, symbol: &Symbol) -> LookupError {
-        let linked = self.to_linked(symbol.address).unwrap_or(symbol.address);
-        let section = self.kernel.image.as_ref().and_then(|image| image.section_at(linked));
-        let section = section.map(|section| section.name.as_str()).unwrap_or(match symbol.class {
-            Class::InitText => ".init.text",
-            Class::ExitText => ".exit.text",
-            _ => ".init.data",
-        });
-        LookupError::Init { name: name.to_owned(), section: section.to_owned() }
+    /// The files that symbols and debug information come from.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.kernel.files()
     }
 
     fn to_run_time(&self, linked: u64) -> u64 {
-        if self.kernel.range.contains(&linked) || linked == self.kernel.range.end {
-            linked.wrapping_add(self.slide)
-        } else {
-            linked
-        }
+        let range = &self.kernel.range;
+        if range.contains(&linked) || linked == range.end { linked.wrapping_add(self.slide) } else { linked }
     }
 
     fn to_linked(&self, address: u64) -> Option<u64> {
         let linked = address.wrapping_sub(self.slide);
         self.kernel.range.contains(&linked).then_some(linked)
     }
-}
-
-/// So many similar names are told.
-const SIMILAR: usize = 5;
-
-/// What a suffix that the compiler put behind a name says; none if it is not the function or variable itself.
-fn suffix_means(suffix: &str) -> Option<Match> {
-    let mut meaning = Match::Clone;
-    for part in suffix.split('.').filter(|part| !part.is_empty()) {
-        match part {
-            "part" => meaning = Match::Part,
-            "isra" | "constprop" | "lto_priv" | "llvm" | "localalias" => {}
-            // Not entered by a call: the unlikely half of the function, split off.
-            "cold" => return None,
-            number if number.bytes().all(|byte| byte.is_ascii_digit()) => {}
-            _ => return None,
-        }
-    }
-    Some(meaning)
-}
-
-impl Kernel {
-    fn add_kernel(&mut self, path: &Path) -> Result<(), SymbolsError> {
-        let bytes = Bytes::map(path).map_err(|error| SymbolsError::open(path, error))?;
-        if !bytes.starts_with(b"\x7fELF") {
-            self.nothing = Some(format!("{} is not an ELF file", path.display()));
-            return Ok(());
-        }
-        let elf = Arc::new(Elf::parse(path, Arc::new(bytes))?);
-        if !elf.has_symbols() {
-            self.nothing = Some(format!("{} is stripped", path.display()));
-        }
-        self.take(&elf);
-        Ok(())
-    }
-
-    fn add_symbols(&mut self, path: &Path) -> Result<(), SymbolsError> {
-        let bytes = Bytes::map(path).map_err(|error| SymbolsError::open(path, error))?;
-        if bytes.starts_with(b"\x7fELF") {
-            let elf = Arc::new(Elf::parse(path, Arc::new(bytes))?);
-            self.same_build(&elf)?;
-            if !elf.has_symbols() {
-                return Err(SymbolsError::bad(path, "has no symbol table; give the file before it was stripped"));
-            }
-            self.take(&elf);
-        } else if system_map::is_one(&bytes) {
-            let table = system_map::parse(path, &bytes)?;
-            if self.table.is_empty() {
-                self.table = table;
-            }
-        } else {
-            return Err(SymbolsError::bad(path, "neither ELF (vmlinux, a module) nor System.map"));
-        }
-        Ok(())
-    }
-
-    fn same_build(&self, elf: &Elf) -> Result<(), SymbolsError> {
-        let (Some(ours), Some(theirs), Some(image)) = (self.build_id.as_deref(), elf.build_id(), &self.image) else {
-            return Ok(());
-        };
-        if ours == theirs {
-            return Ok(());
-        }
-        Err(SymbolsError::OtherKernel {
-            path: elf.path().to_owned(),
-            theirs: format!("build-id {}", hex(theirs)),
-            kernel: image.path().to_owned(),
-            ours: format!("build-id {}", hex(ours)),
-        })
-    }
-
-    /// Takes what `elf` has and was not had before.
-    fn take(&mut self, elf: &Arc<Elf>) {
-        if elf.has_symbols() && self.table.is_empty() {
-            self.table = elf.table();
-        }
-        if self.dwarf.is_none() {
-            self.dwarf = Dwarf::of(elf);
-        }
-        if self.image.is_none() {
-            self.image = Some(Arc::clone(elf));
-        }
-        if self.build_id.is_none() {
-            self.build_id = elf.build_id().map(<[u8]>::to_vec);
-        }
-    }
-
-    /// Works out what follows from what was read.
-    fn finish(&mut self) {
-        let named = |name: &str| self.table.named(name).map(|entry| entry.address).next();
-        self.range = match (named("_text"), named("_end")) {
-            (Some(text), Some(end)) if text < end => text..end,
-            _ => self.image.as_ref().map(|image| spanned(&image.bounds())).unwrap_or_else(|| self.table.span()),
-        };
-        self.fingerprint = Fingerprint::new(named("linux_banner"), self.image.as_deref());
-        let banner = named("linux_banner").and_then(|address| self.image.as_ref()?.linked(address));
-        self.release = banner.and_then(release_of);
-    }
-}
-
-/// From the lowest to the highest of these ranges.
-fn spanned(ranges: &[Range<u64>]) -> Range<u64> {
-    let start = ranges.iter().map(|range| range.start).min().unwrap_or_default();
-    let end = ranges.iter().map(|range| range.end).max().unwrap_or_default();
-    start..end
-}
-
-/// The release in `Linux version RELEASE (..`.
-fn release_of(banner: &[u8]) -> Option<String> {
-    let rest = banner.strip_prefix(b"Linux version ")?;
-    let release = rest.split(|&byte| byte == b' ' || byte == 0).next()?;
-    std::str::from_utf8(release).ok().filter(|release| release.len() < 256).map(str::to_owned)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

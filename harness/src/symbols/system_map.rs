@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
+use super::elf::Elf;
 use super::error::SymbolsError;
-use super::table::{Class, Kind, Raw, Table};
+use super::table::{Builder, Class, Kind, Raw, Table};
 
 /// Whether these are the first bytes of such a file.
 pub(super) fn is_one(bytes: &[u8]) -> bool {
@@ -26,7 +27,7 @@ pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Table, SymbolsError> {
             }
         }
     }
-    Ok(table(&lines))
+    Ok(table(lines.into_iter(), None))
 }
 
 fn parse_line(line: &str) -> Option<(u64, u8, &str)> {
@@ -38,9 +39,9 @@ fn parse_line(line: &str) -> Option<(u64, u8, &str)> {
 }
 
 /// A table from addresses with `nm`'s letters, which kallsyms has as well: the classes follow from the letters and from
-/// the linker script's own symbols.
-pub(super) fn table(lines: &[(u64, u8, &str)]) -> Table {
-    let named = |name: &str| lines.iter().find(|line| line.2 == name).map(|line| line.0);
+/// the linker script's own symbols, and from the sections where an image has them.
+pub(super) fn table<'a>(lines: impl Iterator<Item = (u64, u8, &'a str)> + Clone, image: Option<&Elf>) -> Table {
+    let named = |name: &str| lines.clone().find(|line| line.2 == name).map(|line| line.0);
     let between = |begin, end| match (named(begin), named(end)) {
         (Some(begin), Some(end)) => begin..end,
         _ => 0..0,
@@ -48,20 +49,24 @@ pub(super) fn table(lines: &[(u64, u8, &str)]) -> Table {
     let init = between("__init_begin", "__init_end");
     let percpu = between("__per_cpu_start", "__per_cpu_end");
     let text_end = named("_etext").unwrap_or(u64::MAX);
-    let symbols = lines.iter().filter(|line| !line.1.eq_ignore_ascii_case(&b'u')).map(|&(address, letter, name)| {
-        let class = match letter.to_ascii_lowercase() {
-            // Linked at 0, per-cpu variables are numbers to nm.
-            _ if percpu.contains(&address) => Class::PerCpu,
-            b'a' => Class::Absolute,
-            b't' | b'w' | b'v' if init.contains(&address) => Class::InitText,
-            _ if init.contains(&address) => Class::InitData,
-            b't' => Class::Text,
-            // Weak: code, mostly, and what is not code lies behind _etext.
-            b'w' if address < text_end => Class::Text,
-            b'r' => Class::ReadOnly,
-            _ => Class::Data,
-        };
-        Raw { name, address, size: 0, kind: Kind::Unknown, class, global: letter.is_ascii_uppercase() }
-    });
-    Table::new(symbols, &[])
+    let by_letter = |address: u64, letter: u8| match letter.to_ascii_lowercase() {
+        // Linked at 0, per-cpu variables are numbers to nm.
+        _ if percpu.contains(&address) => Class::PerCpu,
+        b'a' => Class::Absolute,
+        b't' | b'w' | b'v' if init.contains(&address) => Class::InitText,
+        _ if init.contains(&address) => Class::InitData,
+        b't' => Class::Text,
+        // Weak: code, mostly, and what is not code lies behind _etext.
+        b'w' if address < text_end => Class::Text,
+        b'r' => Class::ReadOnly,
+        _ => Class::Data,
+    };
+    let mut builder = Builder::default();
+    for (address, letter, name) in lines.clone().filter(|line| !line.1.eq_ignore_ascii_case(&b'u')) {
+        let section = image.filter(|_| !letter.eq_ignore_ascii_case(&b'a'));
+        let class = section.and_then(|image| image.class_at(address, &init));
+        let class = class.unwrap_or_else(|| by_letter(address, letter));
+        builder.add(&Raw { name, address, size: 0, kind: Kind::Unknown, class, global: letter.is_ascii_uppercase() });
+    }
+    builder.build(&image.map(Elf::bounds).unwrap_or_default())
 }

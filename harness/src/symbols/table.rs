@@ -86,36 +86,43 @@ pub(super) struct Table {
 /// No kernel has more; a file that says so is damaged.
 const MOST: usize = 1 << 24;
 
-impl Table {
-    /// Sorts symbols into a table. Those without a size get the distance to the next one, at most up to the end of
-    /// the range in `bounds` that they are in.
-    pub(super) fn new<'a>(symbols: impl Iterator<Item = Raw<'a>>, bounds: &[Range<u64>]) -> Self {
-        let mut names = String::new();
-        let mut entries = Vec::new();
-        for raw in symbols.take(MOST) {
-            if raw.name.is_empty() {
-                continue;
-            }
-            let (Ok(start), Ok(len)) = (u32::try_from(names.len()), u32::try_from(raw.name.len())) else { break };
-            if start.checked_add(len).is_none() {
-                break;
-            }
-            names.push_str(raw.name);
-            entries.push(Entry {
-                address: raw.address,
-                size: raw.size,
-                name: (start, len),
-                class: raw.class,
-                kind: raw.kind,
-                global: raw.global,
-            });
+/// Symbols that are to become a table.
+#[derive(Debug, Default)]
+pub(super) struct Builder {
+    names: String,
+    entries: Vec<Entry>,
+}
+
+impl Builder {
+    /// Adds a symbol; one without a name is left out.
+    pub(super) fn add(&mut self, raw: &Raw<'_>) {
+        let place = (u32::try_from(self.names.len()), u32::try_from(raw.name.len()));
+        let (Ok(start), Ok(len)) = place else { return };
+        if len == 0 || start.checked_add(len).is_none() || self.entries.len() >= MOST {
+            return;
         }
-        let mut table = Table { names, entries, by_name: Vec::new() };
+        self.names.push_str(raw.name);
+        self.entries.push(Entry {
+            address: raw.address,
+            size: raw.size,
+            name: (start, len),
+            class: raw.class,
+            kind: raw.kind,
+            global: raw.global,
+        });
+    }
+
+    /// Sorts them. Those without a size get that of another name for the same thing, else the distance to the next one,
+    /// at most up to the end of the range in `bounds` that they are in.
+    pub(super) fn build(self, bounds: &[Range<u64>]) -> Table {
+        let mut table = Table { names: self.names, entries: self.entries, by_name: Vec::new() };
         table.sort();
         table.derive_sizes(bounds);
         table
     }
+}
 
+impl Table {
     fn sort(&mut self) {
         let names = &self.names;
         let name = |entry: &Entry| slice(names, entry.name);
@@ -134,24 +141,29 @@ impl Table {
     }
 
     fn derive_sizes(&mut self, bounds: &[Range<u64>]) {
-        let mut next: Option<u64> = None; // The lowest address above the one at hand.
-        let mut at: Option<u64> = None;
-        for entry in self.entries.iter_mut().rev() {
-            if entry.class == Class::Absolute {
+        let mut next: Option<u64> = None;
+        for group in self.entries.chunk_by_mut(|a, b| a.address == b.address).rev() {
+            let Some(address) = group.first().map(|entry| entry.address) else { continue };
+            if group.iter().all(|entry| entry.class == Class::Absolute) {
                 continue;
             }
-            if at != Some(entry.address) {
-                next = at;
-                at = Some(entry.address);
+            if group.iter().all(|entry| entry.size != 0) {
+                next = Some(address);
+                continue;
             }
-            if entry.size == 0 {
-                let bound = bounds.iter().find(|bound| bound.contains(&entry.address)).map(|bound| bound.end);
-                let end = match (next, bound) {
-                    (Some(next), Some(bound)) => next.min(bound),
-                    (next, bound) => next.or(bound).unwrap_or(entry.address),
-                };
-                entry.size = end.saturating_sub(entry.address);
+            let bound = bounds.iter().find(|bound| bound.contains(&address)).map(|bound| bound.end);
+            let end = next.into_iter().chain(bound).min().unwrap_or(address);
+            // Another name for the same thing, which the linker or an assembler made, has no size of its own.
+            let largest = |function| {
+                let same = group.iter().filter(|entry| entry.is_function() == function);
+                same.map(|entry| entry.size).max().filter(|&size| size != 0)
+            };
+            let sizes = [false, true].map(|function| largest(function).unwrap_or(end.saturating_sub(address)));
+            for entry in group.iter_mut().filter(|entry| entry.size == 0 && entry.class != Class::Absolute) {
+                let [variable, function] = sizes;
+                entry.size = if entry.is_function() { function } else { variable };
             }
+            next = Some(address);
         }
     }
 

@@ -16,6 +16,7 @@
 //! | `0x000A_0000` | `0x000E_0000`  | not listed | where PCs have VGA and option ROMs; backed by RAM, zero        |
 //! | `0x000E_0000` | `0x0010_0000`  | reserved   | ACPI tables, RSDP first: found by scanning as on a PC          |
 //! | `0x0010_0000` | 3 GiB at most  | RAM        | kernel; initrd at the top (Multiboot: right after the kernel)  |
+//! | `0xD000_0000` | `0xD000_8000`  | MMIO       | virtio devices, one page each: random bytes, then the disks    |
 //! | `0xFEC0_0000` |                | MMIO       | I/O APIC                                                       |
 //! | `0xFEE0_0000` |                | MMIO       | local APICs                                                    |
 //! | `0xFFFB_A000` | `0xFFFB_B000`  | not listed | exit register, see `devices/exit.rs`                           |
@@ -28,7 +29,8 @@
 
 use std::ops::Range;
 
-use crate::limits::PAGE_SIZE;
+use crate::devices::virtio::PLACES;
+use crate::limits::{PAGE_SIZE, PCI_HOLE_START};
 
 /// boot_params, hvm_start_info or Multiboot information: one page.
 pub const BOOT_INFO: u64 = 0x8_0000;
@@ -71,6 +73,9 @@ pub const ACPI_END: u64 = 0x10_0000;
 /// First byte of RAM above the first MiB.
 pub const HIGH_RAM_START: u64 = 0x10_0000;
 
+/// Registers of the virtio devices, one page for each place ([`PLACES`](crate::devices::virtio::PLACES)).
+pub const VIRTIO: u64 = 0xD000_0000;
+
 /// I/O APIC registers, as KVM's in-kernel irqchip has them.
 pub const IOAPIC: u64 = 0xFEC0_0000;
 /// Local APIC registers.
@@ -99,6 +104,7 @@ const _: () = {
     assert!(CMDLINE + CMDLINE_SIZE <= NVS_START);
     assert!(AP_LOOP + PAGE_SIZE <= FACS && FACS + PAGE_SIZE <= NVS_END);
     assert!(EXIT_PAGE + PAGE_SIZE <= AP_MAILBOX);
+    assert!(VIRTIO >= PCI_HOLE_START && VIRTIO + PLACES as u64 * PAGE_SIZE <= IOAPIC);
     assert!(AP_MAILBOX + PAGE_SIZE <= KVM_IDENTITY_MAP);
     assert!(KVM_IDENTITY_MAP + PAGE_SIZE <= KVM_TSS && KVM_TSS + 3 * PAGE_SIZE <= KVM_PAGES_END);
 };

@@ -46,6 +46,7 @@ pub use registers::{registers, system_registers};
 pub use tables::{CODE32, CODE64, DATA, TASK};
 
 use crate::acpi;
+use crate::devices::virtio::Place;
 use crate::limits::{MAX_VCPUS, PAGE_SIZE};
 use crate::memory::{E820Entry, E820Kind, GuestRam};
 
@@ -164,6 +165,11 @@ pub enum CpuState {
 
 /// Puts the kernel, the initrd, the command line and all tables into fresh guest memory.
 pub fn load(ram: &GuestRam, request: &BootRequest<'_>) -> Result<Entry, BootError> {
+    load_with(ram, request, &[])
+}
+
+/// As [`load`], for a machine with virtio devices in these places.
+pub fn load_with(ram: &GuestRam, request: &BootRequest<'_>, virtio: &[Place]) -> Result<Entry, BootError> {
     if request.cpus == 0 || request.cpus > MAX_VCPUS {
         return Err(BootError::Cpus { cpus: request.cpus });
     }
@@ -178,7 +184,7 @@ pub fn load(ram: &GuestRam, request: &BootRequest<'_>) -> Result<Entry, BootErro
         Kind::BareMetal(elf) => bare_metal::load(ram, request, &elf)?,
     };
     tables::write(ram.mem())?;
-    for (at, table) in acpi::tables(request.cpus, request.ap_start) {
+    for (at, table) in acpi::tables(request.cpus, request.ap_start, virtio) {
         tables::put(ram.mem(), "an ACPI table", at, &table)?;
     }
     if request.ap_start == ApStart::Mailbox {

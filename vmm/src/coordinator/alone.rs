@@ -65,6 +65,7 @@ impl Coordinator {
     /// or one of them has not answered.
     pub(super) fn park_all(&mut self) -> Result<(), CoordinatorError> {
         self.ask_all(&Request::Park)?;
+        self.ground.hold_devices(true);
         while let Some(vcpu) = self.alone.waiting.pop_front() {
             let seq = self.next_seq();
             let waiting = std::mem::take(&mut self.alone.waiting);

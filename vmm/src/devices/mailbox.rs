@@ -173,7 +173,7 @@ mod tests {
 
     fn pc(cpus: u8) -> Pc {
         let ram = GuestRam::new(MIN_MEMORY).unwrap();
-        Pc::new(&ram, cpus, Console::new(io::sink())).unwrap()
+        Pc::new(&ram, cpus, Console::new(io::sink()), &Default::default()).unwrap()
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod pm;
 pub mod pvpanic;
 pub mod reset;
 pub mod serial;
+pub mod virtio;
 
 pub use bus::{Bus, Device, Shared};
 pub use exit::ExitPort;

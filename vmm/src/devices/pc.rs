@@ -15,6 +15,7 @@ use super::pm::{self, PowerManagement};
 use super::pvpanic::{self, PvPanic};
 use super::reset::{PCI_CONFIG_PORT, PCI_CONFIG_PORTS, PORT_A, PortA, ResetControl};
 use super::serial::{self, COM1, Console, Serial, SerialError};
+use super::virtio;
 use crate::boot::layout;
 use crate::limits::PAGE_SIZE;
 use crate::memory::GuestRam;
@@ -54,11 +55,11 @@ pub struct Pc {
 }
 
 impl Pc {
-    /// All devices, after reset. The guest's output goes to `console`.
+    /// All devices, after reset, and `virtio`'s. The guest's output goes to `console`.
     ///
     /// Not here, because KVM has them in the kernel: PICs, I/O APIC, local APICs, PIT and port 0x61
     /// (KVM_CREATE_PIT2 with KVM_PIT_SPEAKER_DUMMY).
-    pub fn new(ram: &GuestRam, cpus: u8, console: Console) -> Result<Self, DeviceError> {
+    pub fn new(ram: &GuestRam, cpus: u8, console: Console, virtio: &virtio::Devices) -> Result<Self, DeviceError> {
         let com1 = Shared::new(Serial::new(console.clone())?);
         let post = Shared::new(PostCode::default());
         let keyboard = Shared::new(I8042::default());
@@ -91,6 +92,10 @@ impl Pc {
         let page = layout::AP_MAILBOX..layout::AP_MAILBOX + PAGE_SIZE;
         let mailbox = Shared::new(Mailbox::new(bells));
         bus.add_mmio(page, &mailbox)?;
+        for device in virtio.iter() {
+            let page = device.place.address..device.place.address + PAGE_SIZE;
+            bus.add_mmio(page, &Shared::new(device.registers()))?;
+        }
         let bus = Arc::new(bus);
         Ok(Self { bus, com1, post, cmos, keyboard, power, config, mailbox, port_a, reset })
     }
@@ -138,7 +143,7 @@ mod tests {
     fn pc() -> Pc {
         let ram = GuestRam::new(MIN_MEMORY).unwrap();
         // One vCPU: the ports of waiting APs would only make the test wait.
-        Pc::new(&ram, 1, Console::new(std::io::sink())).unwrap()
+        Pc::new(&ram, 1, Console::new(std::io::sink()), &virtio::Devices::default()).unwrap()
     }
 
     #[test]

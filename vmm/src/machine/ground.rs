@@ -7,6 +7,7 @@ use std::sync::Arc;
 use kvm_ioctls::{Cap, VmFd};
 
 use super::set_memory_region;
+use crate::devices::virtio::DmaBus;
 use crate::ground::{Ground, RamGround};
 use crate::memory::GuestRam;
 use crate::memslots::MemorySlots;
@@ -19,6 +20,7 @@ pub struct KvmGround {
     vm: Arc<VmFd>,
     ram: RamGround,
     slots: MemorySlots,
+    bus: DmaBus,
 }
 
 impl KvmGround {
@@ -26,7 +28,12 @@ impl KvmGround {
     pub fn new(vm: Arc<VmFd>, ram: GuestRam) -> Self {
         let most = usize::try_from(vm.check_extension_int(Cap::NrMemslots)).ok().filter(|most| *most > 0);
         let slots = MemorySlots::new(ram.slots(), most.unwrap_or(FEW_SLOTS));
-        Self { vm, ram: RamGround(ram), slots }
+        Self { vm, ram: RamGround(ram), slots, bus: DmaBus::default() }
+    }
+
+    /// The machine has devices that reach guest memory by this bus.
+    pub fn with_devices(self, bus: DmaBus) -> Self {
+        Self { bus, ..self }
     }
 }
 
@@ -40,9 +47,17 @@ impl Ground for KvmGround {
     }
 
     fn protect(&mut self, pages: &BTreeSet<u64>) -> io::Result<()> {
-        let Self { vm, ram, slots } = self;
+        let Self { vm, ram, slots, .. } = self;
         slots.protect(pages, |change| set_memory_region(vm, &ram.0, change))?;
         ram.0.watch(pages);
         Ok(())
+    }
+
+    fn hold_devices(&mut self, hold: bool) {
+        self.bus.hold(hold);
+    }
+
+    fn has_device_stores(&self) -> bool {
+        self.ram.has_device_stores()
     }
 }

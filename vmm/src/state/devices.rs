@@ -10,8 +10,24 @@ use crate::devices::i8042::I8042;
 use crate::devices::pm::PowerManagement;
 use crate::devices::reset::{PortA, ResetControl};
 use crate::devices::serial::SerialState;
+use crate::devices::virtio::DiskConfig;
 
-/// All devices.
+/// A disk: where its bytes are, which are not in the state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskState {
+    /// The image's path as it was given; what is not UTF-8 is replaced.
+    pub path: String,
+    /// The guest could not write to it.
+    pub read_only: bool,
+}
+
+impl From<&DiskConfig> for DiskState {
+    fn from(disk: &DiskConfig) -> Self {
+        DiskState { path: disk.path.to_string_lossy().into_owned(), read_only: disk.read_only }
+    }
+}
+
+/// All devices but those on virtio.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
     /// COM1.

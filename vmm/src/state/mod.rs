@@ -24,12 +24,14 @@ mod hex;
 mod stop;
 mod vcpu;
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 pub(crate) use check::is_same_tsc;
 pub use check::{Host, RestoreError};
 pub use chips::{ChipState, IOAPIC_PINS, IoApicState, PicState, PitAccess, PitChannel, PitState};
-pub use devices::DeviceState;
+pub use devices::{DeviceState, DiskState};
 pub use hex::{Blob, Word};
 pub use stop::{ReasonState, StopState};
 pub use vcpu::{
@@ -39,6 +41,7 @@ pub use vcpu::{
 
 use crate::boot::Entry;
 use crate::coordinator::CoordinatorError;
+use crate::devices::virtio::VirtioState;
 
 /// The version of what is written.
 pub const SCHEMA: u32 = 1;
@@ -62,6 +65,10 @@ pub struct MachineState {
     pub chips: ChipState,
     /// The devices.
     pub devices: DeviceState,
+    /// The virtio devices, by their places.
+    pub virtio: BTreeMap<u32, VirtioState>,
+    /// The disks, in their order.
+    pub disks: Vec<DiskState>,
     /// Stops that are (still, or again) to be told before the guest goes on: those after which it cannot, and those that
     /// nobody was told of. Breakpoints are not among them.
     pub stops: Vec<StopState>,

@@ -2,13 +2,14 @@
 
 use std::io;
 
-use super::{VcpuHook, Vm, VmError, hook_for};
+use super::{VcpuHook, Vm, VmError, hook_for, start_virtio};
 use crate::coordinator::CoordinatorError;
 use crate::devices::Console;
+use crate::devices::virtio::{self, DiskConfig};
 use crate::machine::{Machine, chips};
 use crate::memory::GuestRam;
 use crate::paging::{read_physical, write_all_physical};
-use crate::state::{Host, MachineState, MemorySource, RestoreError, SCHEMA, SaveError, StopState, Word};
+use crate::state::{DiskState, Host, MachineState, MemorySource, RestoreError, SCHEMA, SaveError, StopState, Word};
 
 /// How much memory is read at once.
 const CHUNK: usize = 1 << 20;
@@ -25,6 +26,9 @@ pub struct RestoreConfig<'a> {
     pub memory: &'a dyn MemorySource,
     /// Where the console's output goes.
     pub console: Console,
+    /// Its disks, in their order: those that [`MachineState::disks`] names, or copies of them. What is on them is not in
+    /// the state.
+    pub disks: Vec<DiskConfig>,
     /// For tests, as in [`VmConfig`](super::VmConfig).
     pub arm_hook: Option<VcpuHook>,
 }
@@ -47,17 +51,21 @@ impl Vm {
             vcpus,
             chips,
             devices: self.pc.save(),
+            virtio: self.virtio.save().into_iter().collect(),
+            disks: self.disks.iter().map(DiskState::from).collect(),
             stops: self.coordinator.stops().filter_map(StopState::of).collect(),
         })
     }
 
     /// Makes a machine that was saved, parked where it was, with no breakpoints. No guest code has run when this returns.
     pub fn restore(config: RestoreConfig<'_>) -> Result<Self, VmError> {
-        let RestoreConfig { state, memory, console, arm_hook } = config;
+        let RestoreConfig { state, memory, console, disks, arm_hook } = config;
         let ram = GuestRam::new(state.memory)?;
-        let machine = Machine::for_state(&ram, state, console, hook_for(arm_hook))?;
+        let rng = state.virtio.contains_key(&virtio::ENTROPY_SLOT);
+        let virtio = start_virtio(&ram, &disks, rng)?;
+        let machine = Machine::for_state(&ram, state, console, &virtio, hook_for(arm_hook))?;
         fill(&ram, memory)?;
-        let mut vm = Self::around(machine, ram)?;
+        let mut vm = Self::around(machine, ram, virtio, disks)?;
         vm.take(state)?;
         Ok(vm)
     }
@@ -73,6 +81,8 @@ impl Vm {
         }
         chips::restore(&self.vm, &state.chips)
             .map_err(|(step, error)| RestoreError::Refused(format!("KVM refused to {step}: {error}")))?;
+        let virtio: Vec<_> = state.virtio.iter().map(|(slot, state)| (*slot, *state)).collect();
+        self.virtio.restore(&virtio).map_err(|error| RestoreError::Refused(error.to_string()))?;
         self.pc.restore(&state.devices).map_err(|error| RestoreError::Broken(error.to_string()))
     }
 

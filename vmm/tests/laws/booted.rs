@@ -77,7 +77,8 @@ impl Booted {
             protocol: None,
         };
         let output = Console::new(Lines(console.clone()));
-        let vm = Vm::boot(VmConfig { memory: 64 * MIB, boot, console: output, arm_hook }).unwrap();
+        let vm =
+            Vm::boot(VmConfig { memory: 64 * MIB, boot, console: output, disks: vec![], rng: true, arm_hook }).unwrap();
         Booted { vm, image, console }
     }
 
@@ -255,7 +256,7 @@ impl Saved {
     pub(crate) fn try_restore(&self, state: &MachineState) -> Result<Booted, VmError> {
         let console = Arc::new(Mutex::new(Vec::new()));
         let output = Console::new(Lines(console.clone()));
-        let config = RestoreConfig { state, memory: self, console: output, arm_hook: None };
+        let config = RestoreConfig { state, memory: self, console: output, disks: Vec::new(), arm_hook: None };
         Ok(Booted { vm: Vm::restore(config)?, image: self.image, console })
     }
 }

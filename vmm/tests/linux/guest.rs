@@ -91,7 +91,9 @@ impl Guest {
             protocol: None,
         };
         let output = Console::new(Lines(console.clone()));
-        let vm = Vm::boot(VmConfig { memory: 512 * MIB, boot, console: output, arm_hook: None }).unwrap();
+        let vm =
+            Vm::boot(VmConfig { memory: 512 * MIB, boot, console: output, disks: vec![], rng: true, arm_hook: None })
+                .unwrap();
         let symbols = Symbols::read(&folder().join("vmlinux"));
         let mut guest = Guest { vm, symbols, console };
         if let Some(stop) = guest.stop_before(0, "waiting for commands") {

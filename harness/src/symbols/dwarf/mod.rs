@@ -3,7 +3,10 @@
 //! Nothing is parsed before it is asked for. An address is looked up in `.debug_aranges`, and then one unit is read;
 //! its parsed form is not kept, because what a person wants to know are a few dozen addresses.
 
+mod entries;
 mod lines;
+mod search;
+mod types;
 
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
@@ -23,12 +26,15 @@ pub(super) struct Dwarf {
     aranges: OnceLock<UnitIndex>,
     /// From each unit's own entry, for what `.debug_aranges` does not have.
     all: OnceLock<UnitIndex>,
+    /// Where each unit begins in `.debug_info`.
+    starts: OnceLock<Vec<usize>>,
 }
 
 impl Dwarf {
     /// Of `elf`, if it has any.
     pub(super) fn of(elf: &Arc<Elf>) -> Option<Self> {
-        let dwarf = || Dwarf { elf: Arc::clone(elf), aranges: OnceLock::new(), all: OnceLock::new() };
+        let dwarf =
+            || Dwarf { elf: Arc::clone(elf), aranges: OnceLock::new(), all: OnceLock::new(), starts: OnceLock::new() };
         elf.has_dwarf().then(dwarf)
     }
 
@@ -55,6 +61,18 @@ impl Dwarf {
         let found = aranges.find(address);
         // clang writes no .debug_aranges.
         found.or_else(|| self.all.get_or_init(|| UnitIndex::from_units(&self.sections())).find(address))
+    }
+
+    /// Where each unit begins in `.debug_info`, in rising order.
+    fn starts(&self) -> &[usize] {
+        self.starts.get_or_init(|| {
+            let mut starts = Vec::new();
+            let mut units = self.sections().units();
+            while let Ok(Some(header)) = units.next() {
+                starts.extend(header.debug_info_offset().map(|offset| offset.0));
+            }
+            starts
+        })
     }
 
     /// The unit's header and its bytes' place in `.debug_info`.

@@ -145,8 +145,8 @@ fn the_slide_is_in_every_address_but_those_of_per_cpu_variables() {
 #[test]
 fn files_that_are_no_symbols_are_refused() {
     let refused = |bytes: &[u8]| symbols_in(bytes).unwrap_err().to_string();
-    assert!(refused(b"hello").ends_with(": neither ELF (vmlinux, a module) nor System.map"));
-    assert!(refused(b"").ends_with(": neither ELF (vmlinux, a module) nor System.map"));
+    assert!(refused(b"hello").ends_with(": neither ELF (vmlinux, its debug file, a module) nor System.map"));
+    assert!(refused(b"").ends_with(": neither ELF (vmlinux, its debug file, a module) nor System.map"));
     assert!(
         refused(b"ffffffff81000000 T _text\nrubbish\n")
             .ends_with(": line 2: expected ADDRESS LETTER NAME as nm prints them")

@@ -1,0 +1,180 @@
+//! The end of a run: its verdict, its report, and every file of it.
+
+use std::collections::BTreeMap;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use trapline_vmm::Vm;
+use trapline_vmm::debug::{Crash, VcpuId};
+
+use super::supervisor::Supervisor;
+use crate::Verdict;
+use crate::console::ConsoleHandle;
+use crate::initramfs;
+use crate::report::{
+    Outcome as TrapOutcome, Report, ReportTiming, SCHEMA, StopRecord, TestRecord, TestResult, TrapRecord, TrapTiming,
+    VerdictRecord,
+};
+
+/// What a run came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// How it ended.
+    pub verdict: Verdict,
+    /// Everything about it.
+    pub report: Report,
+}
+
+impl Outcome {
+    /// The exit code of `trapline run`: that of the verdict, or 69 for a run that passed and whose report could not be
+    /// written.
+    pub fn exit_code(&self) -> u8 {
+        /// This host cannot do it.
+        const UNAVAILABLE: u8 = 69;
+        match self.verdict.exit_code() {
+            0 if !self.report.problems.is_empty() => UNAVAILABLE,
+            code => code,
+        }
+    }
+}
+
+impl Supervisor {
+    /// Ends the run with this verdict, if nothing speaks against it, and writes what was asked for. The guest stands,
+    /// or has ended; it is not needed any more afterwards.
+    ///
+    /// `stop`: the stop that a trap has ended the run with, if it was one.
+    pub fn finish(mut self, vm: &mut Vm, verdict: Verdict, stop: Option<StopRecord>) -> Outcome {
+        let at = Instant::now();
+        self.take_logged();
+        self.console.finish();
+        let tests = self.console.tests();
+        let verdict = self.judge(verdict, &tests);
+        let mut problems = self.console.problems();
+        let stop = stop.or_else(|| self.last_look(vm, &verdict));
+        let mut report = self.make_report(&verdict, stop, tests, at);
+        if verdict != Verdict::Pass && verdict != Verdict::Killed {
+            problems.extend(self.write_core(vm, &mut report));
+        }
+        for problem in &self.lost() {
+            problems.push(problem.clone());
+        }
+        report.problems = problems;
+        self.write_files(&mut report);
+        Outcome { verdict, report }
+    }
+
+    /// What a verdict is, once all is known about the run.
+    fn judge(&self, verdict: Verdict, tests: &[TestRecord]) -> Verdict {
+        if verdict != Verdict::Pass {
+            return verdict;
+        }
+        // The init that we pack says so where it cannot use the exit port.
+        let last = self.console.last_line().and_then(|line| initramfs::exit_line(&line.text));
+        if let Some(status) = last.filter(|status| *status != 0 && self.guest_status.is_none()) {
+            return Verdict::GuestFailed(status.into());
+        }
+        // With panic=-1 a kernel resets after its panic, as it does after a reboot that is wanted.
+        if self.console.panic().is_some() {
+            return Verdict::Panicked;
+        }
+        let failed =
+            |test: &&TestRecord| test.subtests == 0 && matches!(test.result, TestResult::Failed | TestResult::Missing);
+        match tests.iter().filter(failed).count() {
+            0 => {}
+            count => return Verdict::TestsFailed(count),
+        }
+        let missed = self.traps.iter().filter(|trap| trap.rule.must_hit && trap.counters.total() == 0);
+        let missed: Vec<String> = missed.map(|trap| trap.rule.title().to_owned()).collect();
+        if missed.is_empty() { Verdict::Pass } else { Verdict::Missed(missed) }
+    }
+
+    /// Where all vCPUs are at the end of a run that did not pass.
+    fn last_look(&mut self, vm: &mut Vm, verdict: &Verdict) -> Option<StopRecord> {
+        if matches!(verdict, Verdict::Pass | Verdict::Killed | Verdict::Missed(_)) || vm.ended().is_some() {
+            return None;
+        }
+        if vm.is_running() && vm.stop().is_err() {
+            return None;
+        }
+        let vcpu = self.ended_on.or(match verdict {
+            Verdict::TimedOut(_) => None,
+            _ => Some(VcpuId(0)),
+        });
+        let found = self.look_around(vm, verdict.to_string(), vcpu);
+        found.inspect_err(|error| tracing::warn!("what the vCPUs were doing is not known: {error}")).ok()
+    }
+
+    fn make_report(&self, verdict: &Verdict, stop: Option<StopRecord>, tests: Vec<TestRecord>, at: Instant) -> Report {
+        let decided = match verdict {
+            Verdict::Trapped { trap, .. } => Some(*trap),
+            Verdict::Died(Crash::TripleFault { .. }) => self.triple_fault_trap(),
+            _ => None,
+        };
+        let tail = self.console.tail();
+        let started = SystemTime::now() - at.saturating_duration_since(self.began());
+        Report {
+            schema: SCHEMA,
+            trapline: env!("CARGO_PKG_VERSION").to_owned(),
+            verdict: VerdictRecord {
+                kind: verdict.kind(),
+                exit_code: verdict.exit_code(),
+                text: verdict.to_string(),
+                guest_status: match verdict {
+                    Verdict::GuestFailed(status) => Some(*status),
+                    _ => self.guest_status,
+                },
+                trap: decided,
+            },
+            input: self.input.clone(),
+            traps: (0..self.traps.len()).map(|n| self.trap_record(n, decided)).collect(),
+            stop,
+            tests,
+            files: BTreeMap::new(),
+            problems: Vec::new(),
+            timing: ReportTiming {
+                started: started.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+                duration_ms: millis(at.saturating_duration_since(self.began())),
+                boot_ms: self.console.booted().map(millis),
+                recent: self.recent().cloned().collect(),
+                console: tail.lines,
+                console_lines_before: tail.before,
+                console_line: self.console_line.or_else(|| last_line(&self.console)),
+            },
+        }
+    }
+
+    fn trap_record(&self, index: usize, decided: Option<usize>) -> TrapRecord {
+        let trap = &self.traps[index];
+        let (rule, counters) = (&trap.rule, &trap.counters);
+        TrapRecord {
+            rule: rule.text.clone(),
+            name: rule.title().to_owned(),
+            action: rule.action.word().to_owned(),
+            targets: self.records.get(index).cloned().unwrap_or_default(),
+            outcome: match decided {
+                Some(fired) if fired == index => TrapOutcome::Fired,
+                _ if rule.must_hit && counters.total() == 0 => TrapOutcome::Missed,
+                _ => TrapOutcome::Passed,
+            },
+            timing: TrapTiming { hits: counters.by_vcpu(), unmet: counters.unmet() },
+        }
+    }
+
+    /// What the report does not have, in words.
+    fn lost(&self) -> Vec<String> {
+        let lost = |trap: &std::sync::Arc<super::trap::Trap>| {
+            let count = trap.counters.lost.load(std::sync::atomic::Ordering::Relaxed);
+            (count > 0).then(|| {
+                format!("{}: {count} hits were counted and not logged, there were too many", trap.rule.title())
+            })
+        };
+        self.traps.iter().filter_map(lost).collect()
+    }
+}
+
+fn last_line(console: &ConsoleHandle) -> Option<u64> {
+    Some(console.line_count()).filter(|count| *count > 0)
+}
+
+fn millis(time: std::time::Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}

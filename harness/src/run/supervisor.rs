@@ -1,0 +1,723 @@
+//! The one who looks after a run that nobody watches: arms the traps when they can be armed, hears of stops, decides
+//! how it goes on.
+//!
+//! ```text
+//!  before the first instruction ── where all of it fits into the slots ──► everything
+//!  the kernel's first instructions at its own addresses ── slide known, memory mapped ──► slots, protected pages
+//!  rest_init: it patches its own code no more (ENDBR, alternatives) ──► software breakpoints, too
+//!  a module is there ──► what waits for it
+//! ```
+//!
+//! Whoever owns the VM and its event loop calls [`Supervisor::stopped`] for every stop and
+//! [`Supervisor::ready`] when [`Supervisor::fd`] is readable, and does what they say.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::time::{Duration, Instant};
+
+use trapline_vmm::Vm;
+use trapline_vmm::coordinator::CoordinatorError;
+use trapline_vmm::debug::{Breakpoint, BreakpointError, Crash, Handler, Mechanism, SLOTS, Stop, StopReason, VcpuId};
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::look::{self, Moment, Seen, micros};
+use super::modules::Modules;
+use super::plan::{self, By, OWNER, Plan, Planned};
+use super::trap::{self, Callback, Counted, Counters, Fired, LOG_ROOM, Point, Trap};
+use super::watchdog::Watchdog;
+use super::{Outputs, RunError};
+use crate::Verdict;
+use crate::console::{ConsoleEvent, ConsoleHandle};
+use crate::report::{Change, FrameRecord, HitRecord, HitTiming, Input, StopRecord, TargetRecord};
+use crate::rules::{Action, Rule};
+use crate::symbols::{LoadedModule, Symbols};
+use crate::unwind::Unwinder;
+
+/// How often what was logged is taken.
+const TICK: Duration = Duration::from_millis(100);
+/// Hits that a report shows as the last ones.
+const RECENT: usize = 64;
+
+/// What the owner of the event loop is to do after a stop or an event.
+#[derive(Debug, PartialEq)]
+pub enum Next {
+    /// Nothing: the guest runs, or stands for somebody else.
+    Nothing,
+    /// Let the guest go on.
+    Go,
+    /// Let it stand for a debugger; the reason in words.
+    Hold(String),
+    /// The run has come to its end by a trap. The guest stands.
+    End(Ended),
+}
+
+/// How a trap ended a run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ended {
+    /// Its index.
+    pub trap: usize,
+    /// What happened, in a line.
+    pub reason: String,
+    /// Where and what every vCPU was doing.
+    pub stop: Option<Box<StopRecord>>,
+}
+
+/// How far the arming has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Some or all traps wait for the kernel to be at its addresses.
+    BeforeKernel,
+    /// Software breakpoints wait until the kernel has patched its own code. It looks at what it patches, and would find them
+    /// there.
+    BeforePatches {
+        /// The breakpoint at which that is over.
+        over_at: Breakpoint,
+    },
+    Armed,
+}
+
+/// All of a Linux kernel's code is as it will be when one of these runs, and hardly anything has happened yet.
+const CODE_IS_DONE: [&str; 2] = ["rest_init", "kernel_init"];
+
+/// What a supervisor is made of.
+pub(crate) struct Setup {
+    pub(crate) plan: Plan,
+    /// What serves each point of the plan, as the report has it.
+    pub(crate) records: Vec<Vec<TargetRecord>>,
+    pub(crate) callbacks: BTreeMap<usize, Callback>,
+    pub(crate) symbols: Symbols,
+    /// The kernel chooses its addresses itself (KASLR).
+    pub(crate) may_move: bool,
+    pub(crate) console: ConsoleHandle,
+    pub(crate) outputs: Outputs,
+    pub(crate) input: Input,
+    pub(crate) timeout: Option<Duration>,
+}
+
+/// Looks after one run.
+pub struct Supervisor {
+    symbols: Symbols,
+    plan: Vec<Planned>,
+    pub(super) traps: Vec<Arc<Trap>>,
+    pub(super) records: Vec<Vec<TargetRecord>>,
+    fired: Arc<Fired>,
+    logged: Receiver<Counted>,
+    stage: Stage,
+    may_move: bool,
+    modules: Modules,
+    /// Those that the guest had when somebody looked last.
+    loaded: Vec<LoadedModule>,
+    /// What is armed, so that what is not wanted any more can be taken away.
+    armed: BTreeSet<Breakpoint>,
+    timer: TimerFd,
+    hangs: Option<(Watchdog, Duration)>,
+    pub(super) console: ConsoleHandle,
+    /// The traps that the console's patterns belong to, in their order.
+    patterns: Vec<usize>,
+    pub(super) outputs: Outputs,
+    pub(super) input: Input,
+    timeout: Option<Duration>,
+    began: Instant,
+    recent: VecDeque<HitRecord>,
+    /// Logged hits that the events are to tell of.
+    told: Vec<HitRecord>,
+    /// The line of the console that ended the run.
+    pub(super) console_line: Option<u64>,
+    /// The vCPU that the guest's end came on.
+    pub(super) ended_on: Option<VcpuId>,
+    /// The status that the guest gave.
+    pub(super) guest_status: Option<u32>,
+}
+
+impl Supervisor {
+    /// Arms what can be armed before the guest's first instruction.
+    ///
+    /// # Errors
+    /// What this host or these symbols cannot do.
+    pub(crate) fn new(vm: &mut Vm, setup: Setup) -> Result<Self, RunError> {
+        let Setup { plan, records, callbacks, symbols, may_move, console, outputs, input, timeout } = setup;
+        let (log, logged) = sync_channel(LOG_ROOM);
+        let fired = Arc::new(Fired::default());
+        let vcpus = vm.vcpus();
+        let traps = plan.traps.iter().enumerate().map(|(index, planned)| {
+            Arc::new(Trap {
+                index,
+                rule: planned.rule.clone(),
+                counters: Arc::new(Counters::new(vcpus)),
+                callback: callbacks.get(&index).cloned(),
+                log: log.clone(),
+                fired: fired.clone(),
+            })
+        });
+        let sources =
+            || plan.traps.iter().enumerate().flat_map(|(n, trap)| trap.points.iter().map(move |p| (n, &p.by)));
+        let shortest_hang = sources()
+            .filter_map(|(_, by)| match by {
+                By::Hang(time) => Some(*time),
+                _ => None,
+            })
+            .min();
+        let patterns = sources().filter(|(_, by)| matches!(by, By::Console(_))).map(|(trap, _)| trap).collect();
+        let mut supervisor = Self {
+            traps: traps.collect(),
+            modules: Modules::wanted(&plan.traps),
+            patterns,
+            loaded: Vec::new(),
+            plan: plan.traps,
+            records,
+            symbols,
+            fired,
+            logged,
+            stage: Stage::Armed,
+            may_move,
+            armed: BTreeSet::new(),
+            timer: TimerFd::new().map_err(io::Error::from)?,
+            hangs: shortest_hang.map(|time| (Watchdog::new(vcpus), time)),
+            console,
+            outputs,
+            input,
+            timeout,
+            began: Instant::now(),
+            recent: VecDeque::new(),
+            told: Vec::new(),
+            console_line: None,
+            ended_on: None,
+            guest_status: None,
+        };
+        supervisor.trap_ports(vm)?;
+        supervisor.begin(vm)?;
+        let tick = shortest_hang.map_or(TICK, |time| Watchdog::interval(time).min(TICK));
+        if !supervisor.traps.is_empty() {
+            supervisor.timer.reset(tick, Some(tick)).map_err(io::Error::from)?;
+        }
+        Ok(supervisor)
+    }
+
+    /// The guest is about to execute its first instruction: times count from here.
+    pub fn begins(&mut self) {
+        self.began = Instant::now();
+        self.console.start(self.began);
+    }
+
+    /// When that was.
+    pub(super) fn began(&self) -> Instant {
+        self.began
+    }
+
+    /// How long the run may take.
+    pub fn timeout(&self) -> Option<Duration> {
+        self.timeout
+    }
+
+    /// Readable when [`ready`](Self::ready) has something to do.
+    pub fn fds(&self) -> [RawFd; 2] {
+        [self.timer.as_raw_fd(), self.console.event().as_raw_fd()]
+    }
+
+    /// The guest's symbols, where they are by what is known of it now.
+    pub fn symbols(&self) -> &Symbols {
+        &self.symbols
+    }
+
+    /// The last hits, oldest first.
+    pub fn recent(&self) -> impl Iterator<Item = &HitRecord> {
+        self.recent.iter()
+    }
+
+    fn begin(&mut self, vm: &mut Vm) -> Result<(), RunError> {
+        let requests = self.requests(vm)?;
+        let waits = !self.modules.is_empty();
+        if requests.is_empty() && !waits {
+            return Ok(());
+        }
+        let moves = self.may_move && (waits || self.points().any(|(_, _, moves)| moves));
+        if !moves && !waits {
+            match vm.set_traps(OWNER, requests.clone()) {
+                Ok(()) => {
+                    self.armed = requests.iter().map(|(request, _)| *request).collect();
+                    return Ok(());
+                }
+                // They need guest memory that is not mapped yet.
+                Err(BreakpointError::NotMapped { .. } | BreakpointError::NoSlot { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.stage = Stage::BeforeKernel;
+        vm.tell_kernel_entry().map_err(|error| {
+            RunError::Kaslr(format!(
+                "this host's KVM cannot tell where the kernel is or when it is mapped ({error}): boot it with nokaslr, \
+                 and with at most four traps"
+            ))
+        })
+    }
+
+    /// Every breakpoint of the plan: trap, request as linked, whether it moves.
+    fn points(&self) -> impl Iterator<Item = (usize, Breakpoint, bool)> {
+        self.plan.iter().enumerate().flat_map(|(trap, planned)| {
+            planned.points.iter().filter_map(move |point| match point.by {
+                By::Breakpoint { request, moves } => Some((trap, request, moves)),
+                _ => None,
+            })
+        })
+    }
+
+    /// Every breakpoint that can be set now, with the handler that serves all rules that want it.
+    fn requests(&self, vm: &mut Vm) -> Result<Vec<(Breakpoint, Option<Handler>)>, RunError> {
+        let slide = self.symbols.slide();
+        let mut by_request: BTreeMap<Breakpoint, Vec<Point>> = BTreeMap::new();
+        let moved = |(trap, request, moves): (usize, Breakpoint, bool)| {
+            let addr = request.addr.wrapping_add(if moves { slide } else { 0 });
+            (trap, Breakpoint { addr, ..request })
+        };
+        let points: Vec<(usize, Breakpoint)> = self.points().map(moved).chain(self.modules.points()).collect();
+        for (index, request) in points {
+            let Some(trap) = self.traps.get(index) else { continue };
+            if trap.rule.once && trap.counters.done.load(Ordering::Acquire) {
+                continue;
+            }
+            let condition = match &trap.rule.condition {
+                Some(condition) => Some(condition.bind(&self.symbols).map_err(|error| RunError::Rules(vec![error]))?),
+                None => None,
+            };
+            let watched = (request.on.is_watch() && request.len <= 8).then(|| {
+                let mut bytes = [0; 8];
+                let len = request.len as usize;
+                let got = vm.read_memory(VcpuId(0), request.addr, &mut bytes[..len]).unwrap_or(0);
+                (request.addr, len, (got == len).then(|| u64::from_le_bytes(bytes)))
+            });
+            by_request.entry(request).or_default().push(Point::new(trap.clone(), condition, watched));
+        }
+        Ok(by_request.into_iter().map(|(request, points)| (request, Some(trap::handler(points)))).collect())
+    }
+
+    fn trap_ports(&self, vm: &Vm) -> Result<(), RunError> {
+        let mut by_port: BTreeMap<u16, Vec<_>> = BTreeMap::new();
+        for (planned, trap) in self.plan.iter().zip(&self.traps) {
+            for point in &planned.points {
+                let By::Port(port) = point.by else { continue };
+                let condition = match &trap.rule.condition {
+                    Some(condition) => {
+                        Some(condition.bind(&self.symbols).map_err(|error| RunError::Rules(vec![error]))?)
+                    }
+                    None => None,
+                };
+                by_port.entry(port).or_default().push((trap.clone(), condition));
+            }
+        }
+        if !by_port.is_empty() {
+            let handlers = by_port.into_iter().map(|(port, traps)| (port, trap::port_handler(traps))).collect();
+            // Once for each VM, and this is the only place.
+            let _ = vm.trap_ports(handlers);
+        }
+        Ok(())
+    }
+
+    /// The kernel runs at its own addresses: the rest can be armed.
+    fn kernel_is_there(&mut self, vm: &mut Vm, vcpu: VcpuId) -> Result<Next, RunError> {
+        if self.stage != Stage::BeforeKernel {
+            return Ok(Next::Go);
+        }
+        if self.may_move {
+            let pc = vm.registers(vcpu)?.pc();
+            let slide = self.symbols.find_slide(&Seen::by(vm, vcpu)?, pc);
+            match slide {
+                Some(slide) => self.symbols = self.symbols.with_slide(slide),
+                // Not the kernel that these symbols are of, as it seems; it may come yet.
+                None => return Ok(Next::Go),
+            }
+        }
+        vm.kernel_entry_is_known()?;
+        let slide = self.symbols.slide();
+        let is_trapped = |at: &Breakpoint| self.points().any(|(_, point, _)| point.addr.wrapping_add(slide) == at.addr);
+        let places = CODE_IS_DONE.iter().filter_map(|name| self.symbols.address(name));
+        let over_at = places.map(Breakpoint::exec).find(|at| !is_trapped(at));
+        self.stage = match over_at {
+            Some(over_at) if self.wants_patches() => Stage::BeforePatches { over_at },
+            _ => Stage::Armed,
+        };
+        self.arm_all(vm)?;
+        Ok(Next::Go)
+    }
+
+    fn wants_patches(&self) -> bool {
+        self.records.iter().flatten().any(|record| record.mechanism == plan::words(Mechanism::Patch))
+    }
+
+    /// What a set is until the kernel has patched its code: what needs no patch, as far as it fits beside the
+    /// breakpoint at which that is over.
+    fn without_patches(
+        requests: Vec<(Breakpoint, Option<Handler>)>,
+        over_at: Breakpoint,
+    ) -> Vec<(Breakpoint, Option<Handler>)> {
+        let (watches, execs): (Vec<_>, Vec<_>) = requests.into_iter().partition(|(request, _)| request.on.is_watch());
+        let slots = |request: &Breakpoint| request.len.div_ceil(8).max(1);
+        let taken: u64 = watches.iter().map(|(request, _)| slots(request)).sum::<u64>() + 1;
+        let free = (SLOTS as u64).saturating_sub(taken) as usize;
+        std::iter::once((over_at, None)).chain(watches).chain(execs.into_iter().take(free)).collect()
+    }
+
+    /// Arms everything that can be, in the place of what was armed.
+    fn arm_all(&mut self, vm: &mut Vm) -> Result<(), RunError> {
+        let mut requests = self.requests(vm)?;
+        if let Stage::BeforePatches { over_at } = self.stage {
+            requests = Self::without_patches(requests, over_at);
+        }
+        requests.extend(self.modules.hooks(&self.symbols).map_err(RunError::Usage)?);
+        let wanted: BTreeSet<Breakpoint> = requests.iter().map(|(request, _)| *request).collect();
+        let gone: Vec<Breakpoint> = self.armed.difference(&wanted).copied().collect();
+        vm.clear_traps(OWNER, &gone)?;
+        self.armed.retain(|old| wanted.contains(old));
+        vm.set_traps(OWNER, requests)?;
+        self.armed = wanted;
+        Ok(())
+    }
+}
+
+/// Hearing of stops and of time.
+impl Supervisor {
+    /// The world stands, for this.
+    ///
+    /// # Errors
+    /// A vCPU failed, or what was to be armed now cannot be.
+    pub fn stopped(&mut self, vm: &mut Vm, stop: &Stop) -> Result<Next, RunError> {
+        match &stop.reason {
+            StopReason::KernelEntry => self.kernel_is_there(vm, stop.vcpu),
+            StopReason::Breakpoint(request) | StopReason::Watchpoint { request, .. } if stop.owner == Some(OWNER) => {
+                if self.stage == (Stage::BeforePatches { over_at: *request }) {
+                    self.stage = Stage::Armed;
+                    // A trap at the same place is armed by this, and hit when the guest goes on.
+                    self.arm_all(vm)?;
+                    return Ok(Next::Go);
+                }
+                if self.modules.is_hook(*request) {
+                    return self.modules_changed(vm, stop.vcpu, *request);
+                }
+                let hits = self.fired.take(stop.vcpu);
+                self.act(vm, hits, request.on.is_watch())
+            }
+            StopReason::Port(_) => {
+                let hits = self.fired.take(stop.vcpu);
+                self.act(vm, hits, true)
+            }
+            reason => {
+                self.ended_on = Some(stop.vcpu);
+                if let StopReason::GuestExit(status) = reason {
+                    self.guest_status = Some(*status);
+                }
+                if let StopReason::Crash(Crash::TripleFault { .. }) = reason {
+                    self.count_triple_fault(stop.vcpu);
+                }
+                Ok(Next::Nothing)
+            }
+        }
+    }
+
+    /// Rules that wait for a triple fault have been hit; the run ends of itself.
+    fn count_triple_fault(&self, vcpu: VcpuId) {
+        for trap in self.triple_fault_traps() {
+            self.traps[trap].counters.count(vcpu);
+        }
+    }
+
+    fn triple_fault_traps(&self) -> impl Iterator<Item = usize> {
+        let waits = |planned: &Planned| planned.points.iter().any(|point| point.by == By::TripleFault);
+        (0..self.plan.len()).filter(move |n| waits(&self.plan[*n]))
+    }
+
+    /// The first of them.
+    pub(super) fn triple_fault_trap(&self) -> Option<usize> {
+        self.triple_fault_traps().next()
+    }
+
+    /// How a run ends that a trap has ended.
+    pub fn verdict_of(&self, ended: &Ended) -> Verdict {
+        let exit_code = self.traps.get(ended.trap).map_or(3, |trap| trap.rule.exit_code());
+        Verdict::Trapped { trap: ended.trap, exit_code, reason: ended.reason.clone() }
+    }
+
+    /// One of [`fds`](Self::fds) is readable: takes what was logged, hears what the console said, looks
+    /// whether every vCPU gets on.
+    ///
+    /// # Errors
+    /// As [`stopped`](Self::stopped).
+    pub fn ready(&mut self, vm: &mut Vm, fd: RawFd) -> Result<Next, RunError> {
+        if fd == self.console.event().as_raw_fd() {
+            let _ = self.console.event().read();
+            return self.hear(vm);
+        }
+        let _ = self.timer.wait();
+        self.take_logged();
+        if !self.patterns.is_empty() {
+            self.console.check_partial();
+        }
+        if !vm.is_running() {
+            return Ok(Next::Nothing);
+        }
+        match self.find_hang(vm)? {
+            Some((trap, vcpu, time)) => self.hung(vm, trap, vcpu, time),
+            None => Ok(Next::Nothing),
+        }
+    }
+
+    /// Hits that were logged since this was last asked.
+    pub fn take_told(&mut self) -> Vec<HitRecord> {
+        std::mem::take(&mut self.told)
+    }
+
+    /// Puts what was logged into the report's words.
+    pub(crate) fn take_logged(&mut self) {
+        let logged: Vec<Counted> = self.logged.try_iter().collect();
+        for hit in logged {
+            let behind = self.is_behind(hit.trap);
+            let record = self.record(&hit, behind, Vec::new());
+            self.remember(record);
+        }
+    }
+
+    fn is_behind(&self, trap: usize) -> bool {
+        let watches = |planned: &Planned| {
+            planned.points.iter().any(|point| point.request().is_some_and(|request| request.on.is_watch()))
+        };
+        self.plan.get(trap).is_some_and(watches)
+    }
+
+    fn record(&self, hit: &Counted, is_behind: bool, backtrace: Vec<FrameRecord>) -> HitRecord {
+        let back = u64::from(is_behind);
+        HitRecord {
+            trap: hit.trap,
+            vcpu: hit.vcpu.0,
+            at: look::place(&self.symbols, hit.pc),
+            source: look::source(&self.symbols, hit.pc.wrapping_sub(back)),
+            change: hit.change,
+            backtrace,
+            timing: HitTiming { at_us: micros(self.began, hit.at), pc: hit.pc, hits_before: hit.hits_before },
+        }
+    }
+
+    fn remember(&mut self, record: HitRecord) {
+        if self.recent.len() == RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(record.clone());
+        self.told.push(record);
+    }
+
+    /// Does what the rules of these hits want; of several the gravest decides how it goes on.
+    fn act(&mut self, vm: &mut Vm, mut hits: Vec<Counted>, is_behind: bool) -> Result<Next, RunError> {
+        hits.sort_by_key(|hit| hit.trap);
+        let mut next = Next::Go;
+        let mut done = false;
+        for hit in hits {
+            let Some(trap) = self.traps.get(hit.trap).cloned() else { continue };
+            done |= trap.rule.once;
+            let backtrace = match trap.rule.action {
+                Action::Backtrace => {
+                    self.learn_modules(vm, hit.vcpu);
+                    let registers = vm.registers(hit.vcpu)?;
+                    look::backtrace(vm, &self.symbols, &Unwinder::new(&self.symbols), hit.vcpu, &registers)?.0
+                }
+                _ => Vec::new(),
+            };
+            let record = self.record(&hit, is_behind, backtrace);
+            let reason = reason(&trap.rule, &record);
+            self.remember(record);
+            let wanted = match trap.rule.action {
+                Action::Fail => {
+                    let moment = Moment {
+                        reason: reason.clone(),
+                        vcpu: Some(hit.vcpu),
+                        change: hit.change,
+                        is_behind,
+                        began: self.began,
+                        at: hit.at,
+                    };
+                    let stop = Some(Box::new(self.look(vm, &moment)?));
+                    Next::End(Ended { trap: hit.trap, reason, stop })
+                }
+                Action::Gdb => Next::Hold(reason),
+                Action::Snapshot => {
+                    self.snapshot(vm, hit.trap);
+                    Next::Go
+                }
+                Action::Backtrace | Action::Log | Action::Ignore => Next::Go,
+            };
+            if gravity(&wanted) > gravity(&next) {
+                next = wanted;
+            }
+        }
+        if done {
+            self.arm_all(vm)?;
+        }
+        Ok(next)
+    }
+
+    /// What the console has said since the last time.
+    fn hear(&mut self, vm: &mut Vm) -> Result<Next, RunError> {
+        let mut next = Next::Nothing;
+        for event in self.console.events() {
+            let ConsoleEvent::Matched { pattern, number, line } = event else { continue };
+            let Some((index, trap)) = self.patterns.get(pattern).and_then(|n| Some((*n, self.traps.get(*n)?.clone())))
+            else {
+                continue;
+            };
+            let hits_before = trap.counters.count(VcpuId(0));
+            if hits_before + 1 < trap.rule.count.unwrap_or(1)
+                || trap.rule.once && trap.counters.done.swap(true, Ordering::AcqRel)
+            {
+                continue;
+            }
+            let reason = format!("{}: the console says: {}", trap.rule.title(), line.text.trim());
+            if trap.rule.action == Action::Fail {
+                self.console_line = self.console_line.or(Some(number));
+            }
+            let wanted = self.stop_for(vm, index, None, hits_before, reason)?;
+            if gravity(&wanted) > gravity(&next) {
+                next = wanted;
+            }
+        }
+        Ok(next)
+    }
+
+    fn find_hang(&mut self, vm: &mut Vm) -> Result<Option<(usize, VcpuId, Duration)>, RunError> {
+        let Some((watchdog, shortest)) = &mut self.hangs else { return Ok(None) };
+        let now = Instant::now();
+        let mut worst = None;
+        for vcpu in (0..vm.vcpus() as u32).map(VcpuId) {
+            let glance = vm.glance(vcpu)?;
+            if let Some(time) = watchdog.seen(vcpu, &glance, now).filter(|time| time >= shortest) {
+                worst = worst.max(Some((time, vcpu)));
+            }
+        }
+        let Some((time, vcpu)) = worst else { return Ok(None) };
+        let wants = |planned: &Planned| planned.points.iter().any(|p| matches!(p.by, By::Hang(least) if least <= time));
+        // Each rule hears of one hang once: it ends when the vCPU gets on.
+        let heard = |trap: &Trap| trap.counters.done.swap(true, Ordering::AcqRel);
+        let found = (0..self.plan.len()).find(|&n| wants(&self.plan[n]) && !heard(&self.traps[n]));
+        Ok(found.map(|trap| (trap, vcpu, time)))
+    }
+
+    fn hung(&mut self, vm: &mut Vm, trap: usize, vcpu: VcpuId, time: Duration) -> Result<Next, RunError> {
+        let Some(this) = self.traps.get(trap).cloned() else { return Ok(Next::Nothing) };
+        let hits_before = this.counters.count(vcpu);
+        let reason = format!("{vcpu} has made no progress for {:.1} s, with interrupts off", time.as_secs_f64());
+        self.stop_for(vm, trap, Some(vcpu), hits_before, reason)
+    }
+
+    /// Stops the world for something that no breakpoint has found, and does what the rule wants.
+    pub(crate) fn stop_for(
+        &mut self,
+        vm: &mut Vm,
+        trap: usize,
+        vcpu: Option<VcpuId>,
+        hits_before: u64,
+        reason: String,
+    ) -> Result<Next, RunError> {
+        let Some(this) = self.traps.get(trap).cloned() else { return Ok(Next::Nothing) };
+        let at = Instant::now();
+        if matches!(this.rule.action, Action::Log | Action::Ignore) {
+            if this.rule.action == Action::Log {
+                self.remember(HitRecord {
+                    trap,
+                    vcpu: vcpu.map_or(0, |vcpu| vcpu.0),
+                    at: reason,
+                    source: None,
+                    change: None,
+                    backtrace: Vec::new(),
+                    timing: HitTiming { at_us: micros(self.began, at), pc: 0, hits_before },
+                });
+            }
+            return Ok(Next::Nothing);
+        }
+        let first = match vm.is_running() {
+            true => {
+                let stop = vm.stop()?;
+                self.stopped(vm, &stop)?
+            }
+            false => Next::Nothing,
+        };
+        let who = vcpu.unwrap_or(VcpuId(0));
+        let pc = vm.registers(who)?.pc();
+        let hit = Counted { trap, vcpu: who, at, pc, change: None, hits_before };
+        let record = self.record(&hit, false, Vec::new());
+        self.remember(record);
+        let next = match this.rule.action {
+            Action::Fail => {
+                let moment =
+                    Moment { reason: reason.clone(), vcpu, change: None, is_behind: false, began: self.began, at };
+                let stop = Some(Box::new(self.look(vm, &moment)?));
+                Next::End(Ended { trap, reason, stop })
+            }
+            Action::Gdb => Next::Hold(reason),
+            Action::Snapshot => {
+                self.snapshot(vm, trap);
+                Next::Go
+            }
+            Action::Backtrace | Action::Log | Action::Ignore => Next::Go,
+        };
+        Ok(if gravity(&first) > gravity(&next) { first } else { next })
+    }
+
+    /// What every vCPU is doing; the world stands.
+    pub(crate) fn look(&mut self, vm: &mut Vm, moment: &Moment) -> Result<StopRecord, CoordinatorError> {
+        self.learn_modules(vm, moment.vcpu.unwrap_or(VcpuId(0)));
+        look::look(vm, &self.symbols, moment)
+    }
+
+    /// What every vCPU is doing, for a stop that is no trap's: the end of the time, a crash.
+    ///
+    /// # Errors
+    /// A vCPU did not answer.
+    pub fn look_around(
+        &mut self,
+        vm: &mut Vm,
+        reason: String,
+        vcpu: Option<VcpuId>,
+    ) -> Result<StopRecord, CoordinatorError> {
+        let moment = Moment { reason, vcpu, change: None, is_behind: false, began: self.began, at: Instant::now() };
+        self.look(vm, &moment)
+    }
+
+    /// The modules that the guest has now, as far as they can be found: backtraces go through them.
+    fn learn_modules(&mut self, vm: &mut Vm, vcpu: VcpuId) {
+        let Ok(seen) = Seen::by(vm, vcpu) else { return };
+        match self.symbols.guest_modules(&seen) {
+            Ok(loaded) => {
+                self.symbols = self.symbols.with_modules(&loaded);
+                self.loaded = loaded;
+            }
+            Err(error) => tracing::debug!(%error, "the guest's modules are not known"),
+        }
+    }
+
+    /// The guest stands where a module has come or is about to go.
+    fn modules_changed(&mut self, vm: &mut Vm, vcpu: VcpuId, hook: Breakpoint) -> Result<Next, RunError> {
+        let registers = vm.registers(vcpu)?;
+        self.learn_modules(vm, vcpu);
+        self.modules.changed(&self.plan, &self.symbols, &self.loaded, hook, registers.rdi).map_err(RunError::Usage)?;
+        self.arm_all(vm)?;
+        Ok(Next::Go)
+    }
+}
+
+/// Which of two ways to go on comes first.
+fn gravity(next: &Next) -> u8 {
+    match next {
+        Next::Nothing => 0,
+        Next::Go => 1,
+        Next::Hold(_) => 2,
+        Next::End(_) => 3,
+    }
+}
+
+/// A hit in one line.
+fn reason(rule: &Rule, hit: &HitRecord) -> String {
+    let change = match hit.change {
+        Some(Change { old, new }) => format!(", {old:#x} -> {new:#x}"),
+        None => String::new(),
+    };
+    format!("{}: vCPU {} at {}{change}", rule.title(), hit.vcpu, hit.at)
+}

@@ -1,0 +1,345 @@
+//! A trap while the guest runs: what happens at each hit, on the thread of the vCPU that hit it.
+//!
+//! Most hits end here. One whose condition is false, that is only counted or logged, costs no message and stops
+//! nobody; what is logged goes into a bounded channel that the event loop empties when it gets to it.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use trapline_vmm::debug::{Disposition, Handler, Hit, PortHandler, PortHit, Stored, VcpuId};
+use trapline_vmm::vcpu::Registers;
+
+use crate::report::Change;
+use crate::rules::{Action, Condition, Context, Register, Rule};
+
+/// Most logged hits that wait for the event loop. What comes on top of them is counted and not logged.
+pub(crate) const LOG_ROOM: usize = 1 << 16;
+
+/// What the caller of the library does at a hit, instead of a rule's action.
+pub type Callback = Arc<dyn Fn(&mut TrapHit<'_, '_>) -> Disposition + Send + Sync>;
+
+/// How often a trap was hit. It lives as long as the run, however often the trap is armed anew.
+#[derive(Debug)]
+pub(crate) struct Counters {
+    /// With the condition true, by vCPU.
+    hits: Box<[AtomicU64]>,
+    /// Their sum, which gives each hit its number.
+    total: AtomicU64,
+    unmet: AtomicU64,
+    /// The action of a trap that is taken once has been taken.
+    pub(crate) done: AtomicBool,
+    /// What was not logged for want of room.
+    pub(crate) lost: AtomicU64,
+}
+
+impl Counters {
+    pub(crate) fn new(vcpus: usize) -> Self {
+        Self {
+            hits: (0..vcpus).map(|_| AtomicU64::new(0)).collect(),
+            total: AtomicU64::new(0),
+            unmet: AtomicU64::new(0),
+            done: AtomicBool::new(false),
+            lost: AtomicU64::new(0),
+        }
+    }
+
+    /// One more on this vCPU; how many there were on all of them before.
+    pub(crate) fn count(&self, vcpu: VcpuId) -> u64 {
+        if let Some(hits) = self.hits.get(vcpu.index()) {
+            hits.fetch_add(1, Ordering::Relaxed);
+        }
+        self.total.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn by_vcpu(&self) -> Vec<u64> {
+        self.hits.iter().map(|hits| hits.load(Ordering::Relaxed)).collect()
+    }
+
+    pub(crate) fn total(&self) -> u64 {
+        self.total.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn unmet(&self) -> u64 {
+        self.unmet.load(Ordering::Relaxed)
+    }
+}
+
+/// One hit that counted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Counted {
+    /// Index of the trap.
+    pub(crate) trap: usize,
+    pub(crate) vcpu: VcpuId,
+    pub(crate) at: Instant,
+    pub(crate) pc: u64,
+    pub(crate) change: Option<Change>,
+    pub(crate) hits_before: u64,
+}
+
+/// Hits that stop the world, until the event loop asks for them.
+#[derive(Debug, Default)]
+pub(crate) struct Fired(Mutex<VecDeque<Counted>>);
+
+impl Fired {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Counted>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn push(&self, hit: Counted) {
+        self.lock().push_back(hit);
+    }
+
+    /// What this vCPU has stopped for, oldest first.
+    pub(crate) fn take(&self, vcpu: VcpuId) -> Vec<Counted> {
+        let mut all = self.lock();
+        let (its, others): (Vec<_>, Vec<_>) = all.drain(..).partition(|hit| hit.vcpu == vcpu);
+        *all = others.into();
+        its
+    }
+}
+
+/// One rule, as the vCPU threads see it.
+pub(crate) struct Trap {
+    pub(crate) index: usize,
+    pub(crate) rule: Rule,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) callback: Option<Callback>,
+    pub(crate) log: SyncSender<Counted>,
+    pub(crate) fired: Arc<Fired>,
+}
+
+impl Trap {
+    /// What comes of a hit whose condition holds.
+    fn act(&self, hit: Counted) -> Disposition {
+        let rule = &self.rule;
+        if hit.hits_before + 1 < rule.count.unwrap_or(1) || rule.once && self.counters.done.swap(true, Ordering::AcqRel)
+        {
+            return Disposition::Continue;
+        }
+        match rule.action {
+            Action::Ignore => Disposition::Continue,
+            // Who disarms a trap that is done is the event loop.
+            Action::Log if rule.once => self.stop(hit),
+            Action::Log => {
+                if let Err(TrySendError::Full(_)) = self.log.try_send(hit) {
+                    self.counters.lost.fetch_add(1, Ordering::Relaxed);
+                }
+                Disposition::Continue
+            }
+            Action::Fail | Action::Backtrace | Action::Snapshot | Action::Gdb => self.stop(hit),
+        }
+    }
+
+    fn stop(&self, hit: Counted) -> Disposition {
+        self.fired.push(hit);
+        Disposition::Stop
+    }
+
+    fn is_of_this_cpu(&self, vcpu: VcpuId) -> bool {
+        self.rule.cpu.is_none_or(|cpu| cpu == vcpu.0)
+    }
+
+    fn holds(&self, condition: Option<&Condition>, moment: &mut Moment<'_, '_>) -> bool {
+        let holds = condition.is_none_or(|condition| condition.holds(moment).unwrap_or(false));
+        if !holds {
+            self.counters.unmet.fetch_add(1, Ordering::Relaxed);
+        }
+        holds
+    }
+}
+
+/// One address of a trap, armed.
+pub(crate) struct Point {
+    trap: Arc<Trap>,
+    condition: Option<Condition>,
+    watched: Option<Watched>,
+}
+
+/// A watched variable that is small enough to have a value.
+struct Watched {
+    addr: u64,
+    len: usize,
+    /// What it was when it was last seen. Slots tell that a store was made, not what it replaced.
+    last: AtomicU64,
+    is_known: AtomicBool,
+}
+
+impl Point {
+    /// `watched`: address, length and present value of a variable of at most eight bytes.
+    pub(crate) fn new(
+        trap: Arc<Trap>,
+        condition: Option<Condition>,
+        watched: Option<(u64, usize, Option<u64>)>,
+    ) -> Self {
+        let watched = watched.filter(|(_, len, _)| (1..=8).contains(len)).map(|(addr, len, value)| Watched {
+            addr,
+            len,
+            last: AtomicU64::new(value.unwrap_or(0)),
+            is_known: AtomicBool::new(value.is_some()),
+        });
+        Self { trap, condition, watched }
+    }
+
+    fn hit(&self, hit: &mut Hit<'_>) -> Disposition {
+        let trap = &*self.trap;
+        if !trap.is_of_this_cpu(hit.vcpu) {
+            return Disposition::Continue;
+        }
+        let change = self.watched.as_ref().and_then(|watched| watched.change(hit));
+        let mut moment = Moment { change, vcpu: hit.vcpu, state: None, guest: Guest::Hit(hit) };
+        if !trap.holds(self.condition.as_ref(), &mut moment) {
+            return Disposition::Continue;
+        }
+        let (vcpu, pc) = (hit.vcpu, hit.pc);
+        let hits_before = trap.counters.count(vcpu);
+        if let Some(callback) = &trap.callback {
+            let mut seen = TrapHit { hit, change, hits_before };
+            if callback(&mut seen) == Disposition::Continue {
+                return Disposition::Continue;
+            }
+        }
+        trap.act(Counted { trap: trap.index, vcpu, at: Instant::now(), pc, change, hits_before })
+    }
+}
+
+impl Watched {
+    fn change(&self, hit: &mut Hit<'_>) -> Option<Change> {
+        let mut bytes = [0; 8];
+        if hit.read(self.addr, &mut bytes[..self.len]) != self.len {
+            return None;
+        }
+        let new = u64::from_le_bytes(bytes);
+        let before = hit.stored.map(|stored| self.before(bytes, stored));
+        let last = self.last.swap(new, Ordering::Relaxed);
+        let was_known = self.is_known.swap(true, Ordering::Relaxed);
+        Some(Change { old: before.or(was_known.then_some(last))?, new })
+    }
+
+    /// The value before a store of which the bytes are known.
+    fn before(&self, mut bytes: [u8; 8], stored: &Stored) -> u64 {
+        for (at, old) in (stored.addr..).zip(&stored.old) {
+            let inside = at.checked_sub(self.addr).and_then(|n| usize::try_from(n).ok());
+            if let Some(byte) = inside.filter(|n| *n < self.len).and_then(|n| bytes.get_mut(n)) {
+                *byte = *old;
+            }
+        }
+        u64::from_le_bytes(bytes)
+    }
+}
+
+/// One handler for all traps that have the same address, length and trigger.
+pub(crate) fn handler(points: Vec<Point>) -> Handler {
+    Handler::new(move |hit| {
+        // All of them have their say, whatever the first of them wants.
+        points.iter().fold(Disposition::Continue, |all, point| match point.hit(hit) {
+            Disposition::Stop => Disposition::Stop,
+            Disposition::Continue => all,
+        })
+    })
+}
+
+/// The same for a port.
+pub(crate) fn port_handler(traps: Vec<(Arc<Trap>, Option<Condition>)>) -> PortHandler {
+    PortHandler::new(move |hit| {
+        let mut all = Disposition::Continue;
+        for (trap, condition) in &traps {
+            if !trap.is_of_this_cpu(hit.vcpu) {
+                continue;
+            }
+            let value = u64::from(hit.access.value);
+            // What goes through a port has no value before.
+            let change = Some(Change { old: 0, new: value });
+            let (vcpu, pc) = (hit.vcpu, hit.state().map_or(0, |state| state.pc()));
+            let mut moment = Moment { change, vcpu, state: None, guest: Guest::Port(hit) };
+            if trap.holds(condition.as_ref(), &mut moment) {
+                let hits_before = trap.counters.count(vcpu);
+                let counted = Counted { trap: trap.index, vcpu, at: Instant::now(), pc, change, hits_before };
+                if trap.act(counted) == Disposition::Stop {
+                    all = Disposition::Stop;
+                }
+            }
+        }
+        all
+    })
+}
+
+/// One hit, as a [`Callback`] sees it.
+pub struct TrapHit<'a, 'b> {
+    hit: &'a mut Hit<'b>,
+    /// What a watched variable of at most eight bytes was and is.
+    pub change: Option<Change>,
+    /// How often this trap was hit before.
+    pub hits_before: u64,
+}
+
+impl TrapHit<'_, '_> {
+    /// The vCPU that hit it.
+    pub fn vcpu(&self) -> VcpuId {
+        self.hit.vcpu
+    }
+
+    /// The next instruction: that of the trap, or the one behind the access.
+    pub fn pc(&self) -> u64 {
+        self.hit.pc
+    }
+
+    /// The general, segment and control registers.
+    ///
+    /// # Errors
+    /// What KVM said.
+    pub fn registers(&mut self) -> std::io::Result<Registers> {
+        self.hit.state()
+    }
+
+    /// Reads linear memory as the vCPU sees it; how many bytes could be read.
+    pub fn read(&mut self, addr: u64, into: &mut [u8]) -> usize {
+        self.hit.read(addr, into)
+    }
+}
+
+/// The vCPU behind a hit.
+enum Guest<'a, 'b> {
+    Hit(&'a mut Hit<'b>),
+    Port(&'a mut PortHit<'b>),
+}
+
+/// What a condition reads. Registers are fetched once, and only for a condition that asks for them.
+struct Moment<'a, 'b> {
+    change: Option<Change>,
+    vcpu: VcpuId,
+    state: Option<Option<Registers>>,
+    guest: Guest<'a, 'b>,
+}
+
+impl Context for Moment<'_, '_> {
+    fn register(&mut self, register: Register) -> Option<u64> {
+        let guest = &mut self.guest;
+        let state = self.state.get_or_insert_with(|| match guest {
+            Guest::Hit(hit) => hit.state().ok(),
+            Guest::Port(hit) => hit.state().ok(),
+        });
+        state.as_ref().map(|registers| register.of(registers))
+    }
+
+    fn read(&mut self, address: u64, into: &mut [u8]) -> usize {
+        match &mut self.guest {
+            Guest::Hit(hit) => hit.read(address, into),
+            Guest::Port(hit) => hit.read(address, into),
+        }
+    }
+
+    fn cpu(&self) -> u32 {
+        self.vcpu.0
+    }
+
+    fn old(&self) -> Option<u64> {
+        self.change.map(|change| change.old)
+    }
+
+    fn new_value(&self) -> Option<u64> {
+        self.change.map(|change| change.new)
+    }
+}

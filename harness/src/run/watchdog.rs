@@ -1,0 +1,103 @@
+//! Whether every vCPU gets on.
+//!
+//! A vCPU that takes interrupts, or waits for one, gets on: what it does then is the kernel's to judge, which has watchdogs of its
+//! own. One that is found with interrupts off, look after look, for as long as `hang:` says, does not.
+
+use std::time::{Duration, Instant};
+
+use trapline_vmm::debug::VcpuId;
+use trapline_vmm::vcpu::{Activity, Glance};
+
+/// Looks in the time that a hang takes to be one. A vCPU that gets on is seen with interrupts off in all
+/// of them only by accident.
+const LOOKS: u32 = 24;
+/// Longest and shortest time between two looks.
+const SELDOM: Duration = Duration::from_secs(1);
+const OFTEN: Duration = Duration::from_millis(5);
+
+/// The looks at all vCPUs.
+#[derive(Debug)]
+pub(crate) struct Watchdog {
+    /// Since when each vCPU has been found with interrupts off, and how often.
+    stuck: Vec<Option<(Instant, u32)>>,
+}
+
+impl Watchdog {
+    pub(crate) fn new(vcpus: usize) -> Self {
+        Self { stuck: vec![None; vcpus] }
+    }
+
+    /// How long to wait between two looks, if a hang is one after `shortest`.
+    pub(crate) fn interval(shortest: Duration) -> Duration {
+        (shortest / LOOKS).clamp(OFTEN, SELDOM)
+    }
+
+    /// A vCPU as it was just seen; how long it has been stuck by now, and enough looks to say so.
+    pub(crate) fn seen(&mut self, vcpu: VcpuId, glance: &Glance, now: Instant) -> Option<Duration> {
+        let stuck = self.stuck.get_mut(vcpu.index())?;
+        // A debugger holds it, or it has not begun.
+        let is_exempt =
+            glance.parked.is_some() || matches!(glance.activity, Activity::WaitForSipi | Activity::Other(_));
+        if glance.interrupts || is_exempt {
+            *stuck = None;
+            return None;
+        }
+        let (since, looks) = stuck.map_or((now, 1), |(since, looks)| (since, looks.saturating_add(1)));
+        *stuck = Some((since, looks));
+        // However rarely it could be looked at.
+        (looks >= LOOKS.min(4)).then(|| now.saturating_duration_since(since))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STEP: Duration = Duration::from_millis(100);
+
+    fn glance(interrupts: bool) -> Glance {
+        Glance { pc: 0, interrupts, cpl: 0, activity: Activity::Runnable, parked: None }
+    }
+
+    #[test]
+    fn only_who_is_found_with_interrupts_off_each_time_is_stuck() {
+        let mut watchdog = Watchdog::new(2);
+        let start = Instant::now();
+        for n in 0..50 {
+            let now = start + STEP * n;
+            let stuck = watchdog.seen(VcpuId(0), &glance(false), now);
+            assert_eq!(stuck, (n >= 3).then_some(STEP * n));
+            assert_eq!(watchdog.seen(VcpuId(1), &glance(n % 3 == 2), now), None);
+        }
+        assert_eq!(watchdog.seen(VcpuId(0), &glance(true), start + STEP * 50), None);
+        assert_eq!(watchdog.seen(VcpuId(0), &glance(false), start + STEP * 51), None, "it begins anew");
+    }
+
+    #[test]
+    fn who_is_held_or_was_not_started_is_not_stuck() {
+        let mut watchdog = Watchdog::new(1);
+        let start = Instant::now();
+        for n in 0..50 {
+            let parked = Glance { parked: Some(start), ..glance(false) };
+            let waits = Glance { activity: Activity::WaitForSipi, ..glance(false) };
+            let seen = if n % 2 == 0 { parked } else { waits };
+            assert_eq!(watchdog.seen(VcpuId(0), &seen, start + STEP * n), None);
+        }
+    }
+
+    #[test]
+    fn a_halted_vcpu_that_no_interrupt_can_wake_is_stuck() {
+        let mut watchdog = Watchdog::new(1);
+        let start = Instant::now();
+        let halted = Glance { activity: Activity::Halted, ..glance(false) };
+        let last = (0..10).map(|n| watchdog.seen(VcpuId(0), &halted, start + STEP * n)).last();
+        assert_eq!(last, Some(Some(STEP * 9)));
+    }
+
+    #[test]
+    fn looks_are_neither_rare_nor_without_pause() {
+        assert_eq!(Watchdog::interval(Duration::from_secs(10)), Duration::from_secs(10) / LOOKS);
+        assert_eq!(Watchdog::interval(Duration::from_secs(1000)), SELDOM);
+        assert_eq!(Watchdog::interval(Duration::from_millis(10)), OFTEN);
+    }
+}
