@@ -114,6 +114,8 @@ pub struct Coordinator {
     pending: VecDeque<Stop>,
     /// A stop that was told, after which the guest cannot go on.
     ending: Option<Stop>,
+    /// The vCPU of the stop that was told last.
+    last: VcpuId,
     /// Registers of parked vCPUs, as far as somebody has asked. Valid while the world stands.
     registers: Vec<Option<Registers>>,
     /// vCPUs that must step over a patch.
@@ -162,6 +164,7 @@ impl Coordinator {
             world: World::Stopped,
             pending: VecDeque::new(),
             ending: None,
+            last: VcpuId(0),
             alone: Alone::default(),
             notices: Vec::new(),
             seq: 0,
@@ -551,11 +554,11 @@ impl Coordinator {
     }
 
     /// Makes each parked vCPU what was saved: one state for each. Stops that were not told are gone, and `stops` are to be
-    /// told when their vCPUs are resumed.
+    /// told when their vCPUs are resumed. Who asks for a stop now is told of `at`, as if it alone had been resumed.
     ///
     /// # Errors
     /// If a vCPU cannot be made that. None of them is fit to run then.
-    pub fn restore(&mut self, states: Vec<VcpuState>, stops: Vec<Stop>) -> Result<(), CoordinatorError> {
+    pub fn restore(&mut self, states: Vec<VcpuState>, stops: Vec<Stop>, at: VcpuId) -> Result<(), CoordinatorError> {
         self.must_be_stopped()?;
         let requests: Vec<_> = states.into_iter().map(|state| Request::Restore(Box::new(state))).collect();
         if requests.len() != self.vcpus.len() {
@@ -564,8 +567,16 @@ impl Coordinator {
         }
         self.registers.fill(None);
         self.alone.forget();
-        (self.ending, self.pending) = (None, stops.into());
+        (self.ending, self.pending, self.last) = (None, stops.into(), at);
+        for (n, vcpu) in self.vcpus.iter_mut().enumerate() {
+            vcpu.mode = if n == at.index() { RunMode::Continue } else { RunMode::Parked };
+        }
         self.ask_each(requests, ACK_DEADLINE).into_iter().try_for_each(|answer| answer.map(|_| ()))
+    }
+
+    /// The vCPU that the stop told last was about.
+    pub fn last_stopped(&self) -> VcpuId {
+        self.last
     }
 
     /// The stops that were not told yet, and the one that was told last if the guest cannot go on after it.
@@ -692,6 +703,7 @@ impl Coordinator {
         self.drop_removed();
         let at = self.pending.iter().position(|stop| may(stop.vcpu))?;
         let stop = self.pending.remove(at)?;
+        self.last = stop.vcpu;
         self.ending = self.ending.take().or_else(|| ending_of(&stop.reason).map(|_| stop.clone()));
         let cancelled: Vec<VcpuId> =
             self.pending.iter().filter(|other| other.reason == StopReason::Step).map(|other| other.vcpu).collect();

@@ -28,6 +28,9 @@ const FAST_STRINGS: u64 = 1;
 /// MTRRs on, everything write-back: there is no device memory that needs another type.
 const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
 
+/// MSRs of Hyper-V's interface (TLFS, appendix C).
+const HYPER_V: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_ffff;
+
 /// Eight ranges, the fixed ranges of the first MiB, and the type of all else (SDM vol. 3, 12.11).
 const MTRRS: [std::ops::RangeInclusive<u32>; 5] =
     [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, number::MTRR_DEF_TYPE..=number::MTRR_DEF_TYPE];
@@ -54,9 +57,11 @@ pub fn boot_msrs() -> Vec<kvm_msr_entry> {
 }
 
 /// The MSRs to save and restore with a vCPU: those of KVM_GET_MSR_INDEX_LIST and the MTRRs, which that leaves out, each
-/// once, in an order in which they can be written back. The deadline is last because writing the TSC moves it.
+/// once, in an order in which they can be written back. The deadline is last because writing the TSC moves it. Hyper-V's
+/// are left out: the guest is not told of them, and some count whether it runs or not.
 pub fn state_msrs(index_list: &[u32]) -> Vec<u32> {
-    let mut msrs: Vec<u32> = index_list.iter().copied().chain(MTRRS.into_iter().flatten()).collect();
+    let listed = index_list.iter().copied().filter(|index| !HYPER_V.contains(index));
+    let mut msrs: Vec<u32> = listed.chain(MTRRS.into_iter().flatten()).collect();
     msrs.sort_unstable_by_key(|index| (*index == number::TSC_DEADLINE, *index));
     msrs.dedup();
     msrs
@@ -83,7 +88,7 @@ mod tests {
 
     #[test]
     fn the_deadline_is_restored_after_the_tsc() {
-        let msrs = state_msrs(&[0x6e0, 0xc000_0081, 0x10, 0x174, 0x10]);
+        let msrs = state_msrs(&[0x6e0, 0xc000_0081, 0x10, 0x174, 0x10, 0x4000_0020]);
         assert_eq!(
             msrs.iter().filter(|index| !(0x200..0x300).contains(*index)).collect::<Vec<_>>(),
             [&0x10, &0x174, &0xc000_0081, &0x6e0]

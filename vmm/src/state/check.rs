@@ -119,8 +119,9 @@ impl MachineState {
                 return broken(format!("a CPUID leaf of vCPU {n} has more than 32 bits"));
             }
         }
-        if let Some(stop) = self.stops.iter().find(|stop| stop.vcpu as usize >= vcpus) {
-            return broken(format!("a stop is of vCPU {}", stop.vcpu));
+        let stopped = self.stops.iter().map(|stop| stop.vcpu).chain([self.at]);
+        if let Some(vcpu) = stopped.into_iter().find(|vcpu| *vcpu as usize >= vcpus) {
+            return broken(format!("a stop is of vCPU {vcpu}"));
         }
         if self.devices.serial.queue.len() > CONSOLE_INPUT_QUEUE {
             return broken("it has more console input than there is room for".to_owned());

@@ -69,6 +69,8 @@ pub struct MachineState {
     pub virtio: BTreeMap<u32, VirtioState>,
     /// The disks, in their order.
     pub disks: Vec<DiskState>,
+    /// The vCPU that the last stop was about.
+    pub at: u32,
     /// Stops that are (still, or again) to be told before the guest goes on: those after which it cannot, and those that
     /// nobody was told of. Breakpoints are not among them.
     pub stops: Vec<StopState>,

@@ -288,7 +288,10 @@ fn l69_where_it_crashed_it_crashes_again() {
     let before = registers(&mut guest);
     let mut again = guest.save().restore();
     assert_eq!(registers(&mut again), before);
-    assert_eq!(again.run_all(), Stop::new(VcpuId(1), StopReason::Crash(crash.clone())));
+    // To who comes and asks, and to who lets it go on.
+    let stopped = Stop::new(VcpuId(1), StopReason::Crash(crash.clone()));
+    assert_eq!(again.save().restore().vm.stop().unwrap(), stopped);
+    assert_eq!(again.run_all(), stopped);
     assert_eq!(registers(&mut again), before, "nothing has run");
     assert_eq!(again.run_all().reason, StopReason::Ended(Ending::Crash(crash)));
 }
@@ -305,7 +308,7 @@ fn l69_what_this_host_cannot_be_is_said() {
     };
     refused(&|state| leaf(state, 0).ebx = Word(u64::from(u32::from_le_bytes(*b"Cent"))), "processor by Cent");
     refused(&|state| state.host.kvm = "kvm_else".to_owned(), "under kvm_else");
-    refused(&|state| leaf(state, 7).ecx = Word(1 << 3 | 1 << 15), "lacks pku, CPUID 0x7.0 ECX bit 15");
+    refused(&|state| leaf(state, 7).ecx.0 |= 1 << 15, "lacks CPUID 0x7.0 ECX bit 15, which");
     refused(&|state| state.memory = 3 << 20, "where the machine has no memory");
     refused(&|state| state.memory = 1, "guest memory of 1 bytes");
     refused(&|state| state.vcpus[0].system.cr0 = Word(1 << 31), "KVM refused to set the system registers");
