@@ -282,8 +282,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Splits `size` bytes of RAM around the PCI hole: (start, length), lowest first.
-fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
+/// Where `size` bytes of RAM are, split around the PCI hole: (start, length), lowest first.
+pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
     let low = size.min(PCI_HOLE_START);
     let mut ranges = vec![(0, low)];
     if size > low {

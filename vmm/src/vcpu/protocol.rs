@@ -6,6 +6,7 @@
 
 use super::{Activity, Glance, Registers};
 use crate::debug::{DebugImage, Notice, Piece, RunMode, Stop, VcpuId};
+use crate::state::VcpuState;
 use crate::sync::Arc;
 
 /// From the coordinator to one vCPU thread.
@@ -39,6 +40,10 @@ pub(crate) enum Request {
     Glance,
     /// Translate each of these linear ranges, `(addr, len)`.
     Locate(Vec<(u64, u64)>),
+    /// Say everything that the vCPU is.
+    Save,
+    /// Be what was saved.
+    Restore(Box<VcpuState>),
     /// Disarm everything and end the thread.
     Quit,
 }
@@ -65,6 +70,7 @@ pub(crate) enum Reply {
     Done,
     Registers(Box<Registers>),
     Activity(Activity),
+    State(Box<VcpuState>),
     Glance(Glance),
     /// For each range its pieces in guest-physical memory; `None` if not all of it is mapped.
     Located(Vec<Option<Located>>),

@@ -13,6 +13,7 @@
 
 mod guest_events;
 mod patch;
+mod state;
 
 use std::io;
 use std::time::Instant;
@@ -267,6 +268,8 @@ impl<C: Cpu> VcpuThread<C> {
             Request::ReadActivity => self.cpu.activity().map(Reply::Activity),
             Request::Glance => self.glance().map(Reply::Glance),
             Request::Locate(ranges) => Ok(Reply::Located(ranges.iter().map(|&range| self.locate(range)).collect())),
+            Request::Save => self.save().map(|state| Reply::State(Box::new(state))),
+            Request::Restore(state) => self.restore(&state).map(|()| Reply::Done),
             Request::Quit => {
                 let quiet = self.cpu.kick_itself(false);
                 self.cpu.arm(&Arming::OFF).and(quiet).map(|()| Reply::Done)
