@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Whoever owns the VM and its event loop calls [`Supervisor::stopped`] for every stop and
-//! [`Supervisor::ready`] when [`Supervisor::fd`] is readable, and does what they say.
+//! [`Supervisor::ready`] when one of [`Supervisor::fds`] is readable, and does what they say.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
@@ -126,7 +126,8 @@ impl Supervisor {
     /// # Errors
     /// What this host or these symbols cannot do.
     pub(crate) fn new(vm: &mut Vm, setup: Setup) -> Result<Self, RunError> {
-        let Setup { plan, records, callbacks, symbols, may_move, console, outputs, input, tells_status, timeout } = setup;
+        let Setup { plan, records, callbacks, symbols, may_move, console, outputs, input, tells_status, timeout } =
+            setup;
         let (log, logged) = sync_channel(LOG_ROOM);
         let fired = Arc::new(Fired::default());
         let vcpus = vm.vcpus();
