@@ -188,6 +188,14 @@ pub(crate) struct HeadlessArgs {
     pub(crate) compress: bool,
 }
 
+impl HeadlessArgs {
+    /// Whether anything of it was asked for.
+    pub(crate) fn is_wanted(&self) -> bool {
+        let files = [&self.report, &self.junit, &self.events, &self.vmcore];
+        !self.traps.is_empty() || !self.trap_files.is_empty() || files.iter().any(|file| file.is_some())
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct PlanArgs {
     #[command(flatten)]

@@ -70,6 +70,8 @@ impl Supervisor {
             self.note(report, "console", &dir.join("console.log"));
             self.note(report, "report", &dir.join("report.json"));
             self.note(report, "junit", &dir.join("junit.xml"));
+            self.note(report, "events", &dir.join("events.ndjson"));
+            self.note(report, "page", &dir.join("index.html"));
             let written = in_dir(&dir, report);
             report.problems.extend(written.err().map(|error| error.to_string()));
         }
@@ -88,6 +90,7 @@ impl Supervisor {
 
 fn in_dir(dir: &Path, report: &Report) -> Result<(), WriteError> {
     write_atomically(&dir.join("junit.xml"), |out| report.write_junit(out))?;
+    write_atomically(&dir.join("index.html"), |out| report.write_page(out))?;
     // Last: whoever finds it finds all of the others.
     write_atomically(&dir.join("report.json"), |out| report.write_json(out))
 }
