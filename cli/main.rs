@@ -47,7 +47,11 @@ fn main() -> ExitCode {
         Command::DemoGuest { output } => write_demo(output).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("trapline: {}", chain(&error));
+        for line in chain(&error).lines() {
+            // A rule is shown with a caret under it.
+            let prefix = if line.starts_with(' ') { "" } else { "trapline: " };
+            eprintln!("{prefix}{line}");
+        }
         ExitCode::from(severity(&error))
     })
 }

@@ -48,6 +48,9 @@ pub enum RunError {
     /// What this host can do cannot be found out.
     #[error(transparent)]
     Probe(#[from] ProbeError),
+    /// This host cannot serve these traps, each in words.
+    #[error("{}", .0.join("\n"))]
+    Refused(Vec<String>),
     /// This host cannot serve the traps.
     #[error("{0}; `trapline plan` shows what serves each trap here")]
     Arm(#[from] BreakpointError),
@@ -67,9 +70,12 @@ impl RunError {
     pub fn is_hosts(&self) -> bool {
         match self {
             RunError::Vm(error) => matches!(error, VmError::Host(_) | VmError::Resources(_)),
-            RunError::Probe(_) | RunError::Arm(_) | RunError::Kaslr(_) | RunError::Vcpu(_) | RunError::Resources(_) => {
-                true
-            }
+            RunError::Refused(_)
+            | RunError::Probe(_)
+            | RunError::Arm(_)
+            | RunError::Kaslr(_)
+            | RunError::Vcpu(_)
+            | RunError::Resources(_) => true,
             _ => false,
         }
     }

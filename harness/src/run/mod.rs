@@ -31,6 +31,7 @@
 //! # Ok::<(), trapline_harness::run::RunError>(())
 //! ```
 
+mod arming;
 mod error;
 mod finish;
 mod look;

@@ -236,7 +236,7 @@ fn events(alias: Alias, symbols: &Symbols) -> Result<Vec<PlannedPoint>, String> 
                     let new: Vec<_> = new.filter(|new| points.iter().all(|had| had.by != new.by)).collect();
                     points.extend(new);
                 }
-                None => looked_for.extend(names),
+                None => looked_for.extend(names.iter().filter(|name| !looked_for.contains(name)).collect::<Vec<_>>()),
             },
         }
     }

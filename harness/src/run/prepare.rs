@@ -21,7 +21,7 @@ use super::trap::{Callback, TrapHit};
 use super::{Outputs, RunError};
 use crate::console::{ConsoleLog, ConsoleOptions};
 use crate::initramfs::Initramfs;
-use crate::report::Input;
+use crate::report::{Input, TargetRecord};
 use crate::rules::{self, Action, Rule};
 use crate::symbols::{Sources, Symbols};
 
@@ -243,7 +243,7 @@ impl Run {
     ///
     /// # Errors
     /// As [`prepare`](Self::prepare).
-    pub fn plan(self) -> Result<(Plan, Vec<Vec<crate::report::TargetRecord>>), RunError> {
+    pub fn plan(self) -> Result<(Plan, Vec<Vec<TargetRecord>>), RunError> {
         let symbols = self.open_symbols()?;
         let (plan, _) = self.resolve(&symbols)?;
         let records = plan.records(probe::capabilities()?.offer());
@@ -264,6 +264,13 @@ impl Run {
             true => Vec::new(),
             false => plan.records(probe::capabilities()?.offer()),
         };
+        let refused = |record: &TargetRecord| {
+            record.mechanism.strip_prefix("refused: ").map(|why| format!("{}: {why}", record.what))
+        };
+        let refused: Vec<String> = records.iter().flatten().filter_map(refused).collect();
+        if !refused.is_empty() {
+            return Err(RunError::Refused(refused));
+        }
         self.outputs.try_out()?;
         let patterns = plan.traps.iter().flat_map(|trap| &trap.points).filter_map(|point| match &point.by {
             By::Console(pattern) => Some(pattern.regex().clone()),

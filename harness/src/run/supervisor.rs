@@ -21,13 +21,14 @@ use std::time::{Duration, Instant};
 
 use trapline_vmm::Vm;
 use trapline_vmm::coordinator::CoordinatorError;
-use trapline_vmm::debug::{Breakpoint, BreakpointError, Crash, Handler, Mechanism, SLOTS, Stop, StopReason, VcpuId};
+use trapline_vmm::debug::{Breakpoint, Crash, Stop, StopReason, VcpuId};
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::arming::Stage;
 use super::look::{self, Moment, Seen, micros};
 use super::modules::Modules;
-use super::plan::{self, By, OWNER, Plan, Planned};
-use super::trap::{self, Callback, Counted, Counters, Fired, LOG_ROOM, Point, Trap};
+use super::plan::{By, OWNER, Plan, Planned};
+use super::trap::{Callback, Counted, Counters, Fired, LOG_ROOM, Trap};
 use super::watchdog::Watchdog;
 use super::{Outputs, RunError};
 use crate::Verdict;
@@ -66,23 +67,6 @@ pub struct Ended {
     pub stop: Option<Box<StopRecord>>,
 }
 
-/// How far the arming has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    /// Some or all traps wait for the kernel to be at its addresses.
-    BeforeKernel,
-    /// Software breakpoints wait until the kernel has patched its own code. It looks at what it patches, and would find them
-    /// there.
-    BeforePatches {
-        /// The breakpoint at which that is over.
-        over_at: Breakpoint,
-    },
-    Armed,
-}
-
-/// All of a Linux kernel's code is as it will be when one of these runs, and hardly anything has happened yet.
-const CODE_IS_DONE: [&str; 2] = ["rest_init", "kernel_init"];
-
 /// What a supervisor is made of.
 pub(crate) struct Setup {
     pub(crate) plan: Plan,
@@ -100,31 +84,31 @@ pub(crate) struct Setup {
 
 /// Looks after one run.
 pub struct Supervisor {
-    symbols: Symbols,
-    plan: Vec<Planned>,
+    pub(super) symbols: Symbols,
+    pub(super) plan: Vec<Planned>,
     pub(super) traps: Vec<Arc<Trap>>,
     pub(super) records: Vec<Vec<TargetRecord>>,
-    fired: Arc<Fired>,
-    logged: Receiver<Counted>,
-    stage: Stage,
-    may_move: bool,
-    modules: Modules,
+    pub(super) fired: Arc<Fired>,
+    pub(super) logged: Receiver<Counted>,
+    pub(super) stage: Stage,
+    pub(super) may_move: bool,
+    pub(super) modules: Modules,
     /// Those that the guest had when somebody looked last.
-    loaded: Vec<LoadedModule>,
+    pub(super) loaded: Vec<LoadedModule>,
     /// What is armed, so that what is not wanted any more can be taken away.
-    armed: BTreeSet<Breakpoint>,
-    timer: TimerFd,
-    hangs: Option<(Watchdog, Duration)>,
+    pub(super) armed: BTreeSet<Breakpoint>,
+    pub(super) timer: TimerFd,
+    pub(super) hangs: Option<(Watchdog, Duration)>,
     pub(super) console: ConsoleHandle,
     /// The traps that the console's patterns belong to, in their order.
-    patterns: Vec<usize>,
+    pub(super) patterns: Vec<usize>,
     pub(super) outputs: Outputs,
     pub(super) input: Input,
-    timeout: Option<Duration>,
-    began: Instant,
-    recent: VecDeque<HitRecord>,
+    pub(super) timeout: Option<Duration>,
+    pub(super) began: Instant,
+    pub(super) recent: VecDeque<HitRecord>,
     /// Logged hits that the events are to tell of.
-    told: Vec<HitRecord>,
+    pub(super) told: Vec<HitRecord>,
     /// The line of the console that ended the run.
     pub(super) console_line: Option<u64>,
     /// The vCPU that the guest's end came on.
@@ -227,154 +211,6 @@ impl Supervisor {
     pub fn recent(&self) -> impl Iterator<Item = &HitRecord> {
         self.recent.iter()
     }
-
-    fn begin(&mut self, vm: &mut Vm) -> Result<(), RunError> {
-        let requests = self.requests(vm)?;
-        let waits = !self.modules.is_empty();
-        if requests.is_empty() && !waits {
-            return Ok(());
-        }
-        let moves = self.may_move && (waits || self.points().any(|(_, _, moves)| moves));
-        if !moves && !waits {
-            match vm.set_traps(OWNER, requests.clone()) {
-                Ok(()) => {
-                    self.armed = requests.iter().map(|(request, _)| *request).collect();
-                    return Ok(());
-                }
-                // They need guest memory that is not mapped yet.
-                Err(BreakpointError::NotMapped { .. } | BreakpointError::NoSlot { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        self.stage = Stage::BeforeKernel;
-        vm.tell_kernel_entry().map_err(|error| {
-            RunError::Kaslr(format!(
-                "this host's KVM cannot tell where the kernel is or when it is mapped ({error}): boot it with nokaslr, \
-                 and with at most four traps"
-            ))
-        })
-    }
-
-    /// Every breakpoint of the plan: trap, request as linked, whether it moves.
-    fn points(&self) -> impl Iterator<Item = (usize, Breakpoint, bool)> {
-        self.plan.iter().enumerate().flat_map(|(trap, planned)| {
-            planned.points.iter().filter_map(move |point| match point.by {
-                By::Breakpoint { request, moves } => Some((trap, request, moves)),
-                _ => None,
-            })
-        })
-    }
-
-    /// Every breakpoint that can be set now, with the handler that serves all rules that want it.
-    fn requests(&self, vm: &mut Vm) -> Result<Vec<(Breakpoint, Option<Handler>)>, RunError> {
-        let slide = self.symbols.slide();
-        let mut by_request: BTreeMap<Breakpoint, Vec<Point>> = BTreeMap::new();
-        let moved = |(trap, request, moves): (usize, Breakpoint, bool)| {
-            let addr = request.addr.wrapping_add(if moves { slide } else { 0 });
-            (trap, Breakpoint { addr, ..request })
-        };
-        let points: Vec<(usize, Breakpoint)> = self.points().map(moved).chain(self.modules.points()).collect();
-        for (index, request) in points {
-            let Some(trap) = self.traps.get(index) else { continue };
-            if trap.rule.once && trap.counters.done.load(Ordering::Acquire) {
-                continue;
-            }
-            let condition = match &trap.rule.condition {
-                Some(condition) => Some(condition.bind(&self.symbols).map_err(|error| RunError::Rules(vec![error]))?),
-                None => None,
-            };
-            let watched = (request.on.is_watch() && request.len <= 8).then(|| {
-                let mut bytes = [0; 8];
-                let len = request.len as usize;
-                let got = vm.read_memory(VcpuId(0), request.addr, &mut bytes[..len]).unwrap_or(0);
-                (request.addr, len, (got == len).then(|| u64::from_le_bytes(bytes)))
-            });
-            by_request.entry(request).or_default().push(Point::new(trap.clone(), condition, watched));
-        }
-        Ok(by_request.into_iter().map(|(request, points)| (request, Some(trap::handler(points)))).collect())
-    }
-
-    fn trap_ports(&self, vm: &Vm) -> Result<(), RunError> {
-        let mut by_port: BTreeMap<u16, Vec<_>> = BTreeMap::new();
-        for (planned, trap) in self.plan.iter().zip(&self.traps) {
-            for point in &planned.points {
-                let By::Port(port) = point.by else { continue };
-                let condition = match &trap.rule.condition {
-                    Some(condition) => {
-                        Some(condition.bind(&self.symbols).map_err(|error| RunError::Rules(vec![error]))?)
-                    }
-                    None => None,
-                };
-                by_port.entry(port).or_default().push((trap.clone(), condition));
-            }
-        }
-        if !by_port.is_empty() {
-            let handlers = by_port.into_iter().map(|(port, traps)| (port, trap::port_handler(traps))).collect();
-            // Once for each VM, and this is the only place.
-            let _ = vm.trap_ports(handlers);
-        }
-        Ok(())
-    }
-
-    /// The kernel runs at its own addresses: the rest can be armed.
-    fn kernel_is_there(&mut self, vm: &mut Vm, vcpu: VcpuId) -> Result<Next, RunError> {
-        if self.stage != Stage::BeforeKernel {
-            return Ok(Next::Go);
-        }
-        if self.may_move {
-            let pc = vm.registers(vcpu)?.pc();
-            let slide = self.symbols.find_slide(&Seen::by(vm, vcpu)?, pc);
-            match slide {
-                Some(slide) => self.symbols = self.symbols.with_slide(slide),
-                // Not the kernel that these symbols are of, as it seems; it may come yet.
-                None => return Ok(Next::Go),
-            }
-        }
-        vm.kernel_entry_is_known()?;
-        let slide = self.symbols.slide();
-        let is_trapped = |at: &Breakpoint| self.points().any(|(_, point, _)| point.addr.wrapping_add(slide) == at.addr);
-        let places = CODE_IS_DONE.iter().filter_map(|name| self.symbols.address(name));
-        let over_at = places.map(Breakpoint::exec).find(|at| !is_trapped(at));
-        self.stage = match over_at {
-            Some(over_at) if self.wants_patches() => Stage::BeforePatches { over_at },
-            _ => Stage::Armed,
-        };
-        self.arm_all(vm)?;
-        Ok(Next::Go)
-    }
-
-    fn wants_patches(&self) -> bool {
-        self.records.iter().flatten().any(|record| record.mechanism == plan::words(Mechanism::Patch))
-    }
-
-    /// What a set is until the kernel has patched its code: what needs no patch, as far as it fits beside the
-    /// breakpoint at which that is over.
-    fn without_patches(
-        requests: Vec<(Breakpoint, Option<Handler>)>,
-        over_at: Breakpoint,
-    ) -> Vec<(Breakpoint, Option<Handler>)> {
-        let (watches, execs): (Vec<_>, Vec<_>) = requests.into_iter().partition(|(request, _)| request.on.is_watch());
-        let slots = |request: &Breakpoint| request.len.div_ceil(8).max(1);
-        let taken: u64 = watches.iter().map(|(request, _)| slots(request)).sum::<u64>() + 1;
-        let free = (SLOTS as u64).saturating_sub(taken) as usize;
-        std::iter::once((over_at, None)).chain(watches).chain(execs.into_iter().take(free)).collect()
-    }
-
-    /// Arms everything that can be, in the place of what was armed.
-    fn arm_all(&mut self, vm: &mut Vm) -> Result<(), RunError> {
-        let mut requests = self.requests(vm)?;
-        if let Stage::BeforePatches { over_at } = self.stage {
-            requests = Self::without_patches(requests, over_at);
-        }
-        requests.extend(self.modules.hooks(&self.symbols).map_err(RunError::Usage)?);
-        let wanted: BTreeSet<Breakpoint> = requests.iter().map(|(request, _)| *request).collect();
-        let gone: Vec<Breakpoint> = self.armed.difference(&wanted).copied().collect();
-        vm.clear_traps(OWNER, &gone)?;
-        self.armed.retain(|old| wanted.contains(old));
-        vm.set_traps(OWNER, requests)?;
-        self.armed = wanted;
-        Ok(())
-    }
 }
 
 /// Hearing of stops and of time.
@@ -385,11 +221,13 @@ impl Supervisor {
     /// A vCPU failed, or what was to be armed now cannot be.
     pub fn stopped(&mut self, vm: &mut Vm, stop: &Stop) -> Result<Next, RunError> {
         match &stop.reason {
-            StopReason::KernelEntry => self.kernel_is_there(vm, stop.vcpu),
+            StopReason::KernelEntry => {
+                self.kernel_is_there(vm, stop.vcpu)?;
+                Ok(Next::Go)
+            }
             StopReason::Breakpoint(request) | StopReason::Watchpoint { request, .. } if stop.owner == Some(OWNER) => {
-                if self.stage == (Stage::BeforePatches { over_at: *request }) {
-                    self.stage = Stage::Armed;
-                    // A trap at the same place is armed by this, and hit when the guest goes on.
+                if self.stage.ends_at(*request) {
+                    self.stage = self.stage_after(self.stage);
                     self.arm_all(vm)?;
                     return Ok(Next::Go);
                 }
@@ -663,6 +501,7 @@ impl Supervisor {
 
     /// What every vCPU is doing; the world stands.
     pub(crate) fn look(&mut self, vm: &mut Vm, moment: &Moment) -> Result<StopRecord, CoordinatorError> {
+        self.look_for_slide(vm)?;
         self.learn_modules(vm, moment.vcpu.unwrap_or(VcpuId(0)));
         look::look(vm, &self.symbols, moment)
     }
@@ -679,6 +518,20 @@ impl Supervisor {
     ) -> Result<StopRecord, CoordinatorError> {
         let moment = Moment { reason, vcpu, change: None, is_behind: false, began: self.began, at: Instant::now() };
         self.look(vm, &moment)
+    }
+
+    /// Where the kernel has moved to, if no trap has needed to know yet.
+    fn look_for_slide(&mut self, vm: &mut Vm) -> Result<(), CoordinatorError> {
+        for vcpu in (0..vm.vcpus() as u32).map(VcpuId) {
+            let registers = vm.registers(vcpu)?;
+            // A vCPU in a program or a module has the kernel's address all the same: where system calls go.
+            for inside in [registers.pc(), registers.lstar] {
+                if self.find_slide(vm, vcpu, inside)? {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The modules that the guest has now, as far as they can be found: backtraces go through them.
