@@ -103,7 +103,7 @@ pub(crate) struct RunArgs {
     #[command(flatten)]
     pub(crate) made: MadeInitrd,
 
-    /// Kernel command line [default: empty; with --exec or --rootfs 'console=ttyS0 panic=-1 reboot=t']
+    /// Kernel command line [default: empty; with --exec or --rootfs 'console=ttyS0 panic=-1']
     #[arg(long, value_name = "STRING")]
     pub(crate) cmdline: Option<String>,
 

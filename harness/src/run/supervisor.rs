@@ -79,6 +79,8 @@ pub(crate) struct Setup {
     pub(crate) console: ConsoleHandle,
     pub(crate) outputs: Outputs,
     pub(crate) input: Input,
+    /// The guest's init is ours, which never ends without a status.
+    pub(crate) tells_status: bool,
     pub(crate) timeout: Option<Duration>,
 }
 
@@ -104,6 +106,7 @@ pub struct Supervisor {
     pub(super) patterns: Vec<usize>,
     pub(super) outputs: Outputs,
     pub(super) input: Input,
+    pub(super) tells_status: bool,
     pub(super) timeout: Option<Duration>,
     pub(super) began: Instant,
     pub(super) recent: VecDeque<HitRecord>,
@@ -123,7 +126,7 @@ impl Supervisor {
     /// # Errors
     /// What this host or these symbols cannot do.
     pub(crate) fn new(vm: &mut Vm, setup: Setup) -> Result<Self, RunError> {
-        let Setup { plan, records, callbacks, symbols, may_move, console, outputs, input, timeout } = setup;
+        let Setup { plan, records, callbacks, symbols, may_move, console, outputs, input, tells_status, timeout } = setup;
         let (log, logged) = sync_channel(LOG_ROOM);
         let fired = Arc::new(Fired::default());
         let vcpus = vm.vcpus();
@@ -164,6 +167,7 @@ impl Supervisor {
             console,
             outputs,
             input,
+            tells_status,
             timeout,
             began: Instant::now(),
             recent: VecDeque::new(),
