@@ -1,5 +1,6 @@
 //! Made-up kernels: a few tables, a stack, and what must come of them.
 
+mod cfi;
 mod hostile;
 mod orc;
 

@@ -29,10 +29,10 @@ fn image() -> impl Strategy<Value = Image> {
 /// Words that are likely to be taken for something.
 fn word() -> impl Strategy<Value = u64> {
     prop_oneof![
-        TEXT..TEXT + 0x1000,
-        STACK..STACK + 0x1000,
-        (STACK / 8..STACK / 8 + 0x200).prop_map(|word| word * 8),
-        (STACK..STACK + 0x1000).prop_map(|addr| addr | 1),
+        TEXT..TEXT + 0x400,
+        STACK..STACK + 0x400,
+        (STACK / 8..STACK / 8 + 0x80).prop_map(|word| word * 8),
+        (STACK..STACK + 0x400).prop_map(|addr| addr | 1),
         any::<u64>(),
         0..0x100_u64,
         Just(u64::MAX),
@@ -45,8 +45,8 @@ proptest! {
     #[test]
     fn every_backtrace_ends_and_no_frame_comes_twice(
         image in image(),
-        text in proptest::collection::vec(prop_oneof![Just(0xe8_u8), Just(0xff), Just(0xd0), any::<u8>()], 0x1000),
-        stack in proptest::collection::vec(word(), 0x200),
+        text in proptest::collection::vec(prop_oneof![Just(0xe8_u8), Just(0xff), Just(0xd0), any::<u8>()], 0x400),
+        stack in proptest::collection::vec(word(), 0x80),
         values in proptest::collection::vec(word(), 16),
         user in any::<bool>(),
     ) {
