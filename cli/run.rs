@@ -16,7 +16,8 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tempfile::NamedTempFile;
 use trapline_gdbstub_glue::Target;
-use trapline_harness::report::StopRecord;
+
+use trapline_harness::report::{Progress, SourcePaths, StopRecord, Style};
 use trapline_harness::run::{self, Kernel, Next, Outputs, Run, Supervisor};
 use trapline_harness::{Verdict, rules};
 use trapline_vmm::Vm;
@@ -42,7 +43,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let (vm, supervisor) = prepare(args)?;
     let symbols = Symbols::of(args)?;
     let stub = args.gdb.as_ref().map(|address| Stub::listen(address, args.gdb_expose)).transpose()?;
-    let mut session = Session::new(vm, supervisor, stub)?;
+    let mut session = Session::new(vm, supervisor, stub, args.console == ConsoleTarget::Stdio)?;
     let terminal = match args.console {
         ConsoleTarget::Stdio => RawTerminal::take().context("cannot use the terminal")?,
         _ => None,
@@ -62,16 +63,24 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         Outcome::Over(outcome) => {
             // Nothing of the console's is buffered; and a vCPU that is stuck in writing to a full
             // pipe holds the lock that a flush would wait for.
-            if outcome.verdict != Verdict::Pass {
-                eprintln!("trapline: {}", outcome.verdict);
-            }
-            for problem in &outcome.report.problems {
-                eprintln!("trapline: {problem}");
-            }
+            say(args, &outcome);
             ExitCode::from(outcome.exit_code())
         }
         Outcome::Interrupted(signal) => ExitCode::from(128 + signal as u8),
     })
+}
+
+/// What a run came to, for a person and for the CI system that looks at what we print.
+fn say(args: &RunArgs, outcome: &run::Outcome) {
+    if args.headless.is_wanted() {
+        eprint!("{}", outcome.report.summary(Style::of_stderr()));
+    } else if outcome.verdict != Verdict::Pass {
+        eprintln!("trapline: {}", outcome.verdict);
+    }
+    if let Some(paths) = SourcePaths::of_github() {
+        // Nobody is left to tell that stderr is closed.
+        let _ = outcome.report.write_annotations(&mut io::stderr(), &paths);
+    }
 }
 
 /// The run as the command line describes it.
@@ -185,6 +194,7 @@ struct Session {
     supervisor: Option<Supervisor>,
     /// A trap has ended the run, and the debugger that is attached has not let the guest go on yet.
     held: Option<End>,
+    progress: Progress,
     stub: Option<Stub>,
     /// The user's wish, from within the console, to end the run.
     quit: Option<EventFd>,
@@ -197,7 +207,7 @@ struct Session {
 }
 
 impl Session {
-    fn new(vm: Vm, supervisor: Supervisor, stub: Option<Stub>) -> anyhow::Result<Self> {
+    fn new(vm: Vm, supervisor: Supervisor, stub: Option<Stub>, console_on_stdout: bool) -> anyhow::Result<Self> {
         let listen = |signal: i32| -> io::Result<(i32, UnixStream)> {
             let (receiver, sender) = UnixStream::pair()?;
             receiver.set_nonblocking(true)?;
@@ -215,6 +225,7 @@ impl Session {
             fds: supervisor.fds(),
             supervisor: Some(supervisor),
             held: None,
+            progress: Progress::new(console_on_stdout),
             stub,
             quit: None,
             timer,
@@ -296,13 +307,13 @@ impl Session {
             Next::Nothing => Ok(()),
             Next::Go => self.go(),
             Next::Hold(reason) => {
-                eprintln!("trapline: {reason}");
+                self.progress.suspend(|| eprintln!("trapline: {reason}"));
                 if self.is_attached() {
                     return self.show(stop.unwrap_or_else(interrupted));
                 }
                 // Whoever comes to look takes the time that it takes.
                 self.timer.clear().map_err(io::Error::from)?;
-                eprintln!("trapline: the guest stands there until a debugger lets it go on");
+                self.progress.suspend(|| eprintln!("trapline: the guest stands there until a debugger lets it go on"));
                 Ok(())
             }
             Next::End(ended) => {
@@ -314,7 +325,7 @@ impl Session {
                 if !self.is_attached() {
                     return self.over(verdict, record);
                 }
-                eprintln!("trapline: {verdict}");
+                self.progress.suspend(|| eprintln!("trapline: {verdict}"));
                 self.held.get_or_insert((verdict, record));
                 self.show(stop.unwrap_or_else(interrupted))
             }
@@ -392,7 +403,14 @@ impl Session {
             self.interrupted(SIGINT)?;
         } else if self.fds.contains(&fd) {
             let next = match &mut self.supervisor {
-                Some(supervisor) => supervisor.ready(&mut self.vm, fd)?,
+                Some(supervisor) => {
+                    let next = supervisor.ready(&mut self.vm, fd)?;
+                    if self.progress.is_shown() && supervisor.is_headless() {
+                        let line = supervisor.last_line();
+                        self.progress.tick(&supervisor.progress(&line));
+                    }
+                    next
+                }
                 None => Next::Nothing,
             };
             self.follow(next, None)?;
