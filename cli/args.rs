@@ -119,7 +119,7 @@ pub(crate) struct RunArgs {
     #[command(flatten)]
     pub(crate) made: MadeInitrd,
 
-    /// Kernel command line [default: empty; with --exec or --rootfs 'console=ttyS0 panic=-1 reboot=t']
+    /// Kernel command line [default: empty; with --exec or --rootfs 'console=ttyS0 panic=-1']
     #[arg(long, value_name = "STRING")]
     pub(crate) cmdline: Option<String>,
 
@@ -202,6 +202,14 @@ pub(crate) struct HeadlessArgs {
     /// Compress the core: kdump's format, which crash and drgn read, and gdb does not
     #[arg(long)]
     pub(crate) compress: bool,
+}
+
+impl HeadlessArgs {
+    /// Whether anything of it was asked for.
+    pub(crate) fn is_wanted(&self) -> bool {
+        let files = [&self.report, &self.junit, &self.events, &self.vmcore];
+        !self.traps.is_empty() || !self.trap_files.is_empty() || files.iter().any(|file| file.is_some())
+    }
 }
 
 #[derive(Debug, Args)]

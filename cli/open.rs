@@ -12,7 +12,7 @@ use trapline_vmm::devices::virtio::DiskConfig;
 use trapline_vmm::state::MachineState;
 
 use crate::args::{ConsoleTarget, OpenArgs};
-use crate::run::{Session, Symbols, Unbuffered};
+use crate::run::{Session, Symbols, Unbuffered, attend};
 use crate::stub::Stub;
 
 /// Puts a debugger where the machine stood when its report was written.
@@ -39,8 +39,8 @@ pub(crate) fn open(args: &OpenArgs) -> anyhow::Result<ExitCode> {
             Symbols::at(Path::new("vmlinux"))
         }
     };
-    let session = Session::new(vm, None, args.timeout, Some(stub))?;
-    session.attend(&args.console, &symbols, Some("where it stood"))
+    let session = Session::new(vm, Some(stub), args.timeout)?;
+    Ok(attend(session, &args.console, &symbols, Some("where it stood"))?.told())
 }
 
 /// The disks as they were named, or those that the guest had if it could not write to them.

@@ -16,7 +16,8 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tempfile::NamedTempFile;
 use trapline_gdbstub_glue::Target;
-use trapline_harness::report::StopRecord;
+
+use trapline_harness::report::{Progress, SourcePaths, StopRecord, Style};
 use trapline_harness::run::{self, Kernel, Next, Outputs, Run, Supervisor};
 use trapline_harness::{Verdict, rules};
 use trapline_vmm::Vm;
@@ -31,9 +32,9 @@ use crate::stub::Stub;
 use crate::terminal::RawTerminal;
 
 /// How the loop ended.
-enum Outcome {
+pub(crate) enum Outcome {
     Over(Box<run::Outcome>),
-    /// The same without a report: nobody has looked after the run.
+    /// The same where there was no supervisor.
     Ended(Verdict),
     /// The user's key, or a signal; the number is that of the signal.
     Interrupted(i32),
@@ -44,53 +45,66 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let (vm, supervisor) = prepare(args)?;
     let symbols = Symbols::of(args)?;
     let stub = args.gdb.as_ref().map(|address| Stub::listen(address, args.gdb_expose)).transpose()?;
-    let timeout = supervisor.timeout();
-    let session = Session::new(vm, Some(supervisor), timeout, stub)?;
-    session.attend(&args.console, &symbols, args.wait.then_some("at its first instruction"))
+    let session = Session::new(vm, stub, supervisor.timeout())?.with(supervisor, args.console == ConsoleTarget::Stdio);
+    let waits = args.wait.then_some("at its first instruction");
+    Ok(match attend(session, &args.console, &symbols, waits)? {
+        Outcome::Over(outcome) => {
+            // Nothing of the console's is buffered; and a vCPU that is stuck in writing to a full
+            // pipe holds the lock that a flush would wait for.
+            say(args, &outcome);
+            ExitCode::from(outcome.exit_code())
+        }
+        other => other.told(),
+    })
 }
 
-impl Session {
-    /// Serves the guest, its console and its debugger to the end. `waits`: where it stands until a debugger lets it go on.
-    pub(crate) fn attend(
-        mut self,
-        console: &ConsoleTarget,
-        symbols: &Symbols,
-        waits: Option<&str>,
-    ) -> anyhow::Result<ExitCode> {
-        let terminal = match console {
-            ConsoleTarget::Stdio => RawTerminal::take().context("cannot use the terminal")?,
-            _ => None,
+impl Outcome {
+    /// The exit code; a verdict in a line before.
+    pub(crate) fn told(&self) -> ExitCode {
+        let verdict = match self {
+            Outcome::Over(outcome) => &outcome.verdict,
+            Outcome::Ended(verdict) => verdict,
+            Outcome::Interrupted(signal) => return ExitCode::from(128 + *signal as u8),
         };
-        // A background job that read the terminal would be stopped by SIGTTIN.
-        if matches!(console, ConsoleTarget::Stdio) && (terminal.is_some() || !io::stdin().is_terminal()) {
-            let serial = self.vm.serial().clone();
-            let room = serial.lock().room_event()?;
-            self.quit = Some(console::feed(serial, room, terminal.is_some())?);
+        if *verdict != Verdict::Pass {
+            eprintln!("trapline: {verdict}");
         }
-        self.announce(symbols, waits, terminal.is_some());
-        let outcome = self.run(waits.is_some());
-        // The terminal is the user's again before anything is said.
-        drop(terminal);
-        Ok(match outcome? {
-            Outcome::Over(outcome) => {
-                // Nothing of the console's is buffered; and a vCPU that is stuck in writing to a full
-                // pipe holds the lock that a flush would wait for.
-                if outcome.verdict != Verdict::Pass {
-                    eprintln!("trapline: {}", outcome.verdict);
-                }
-                for problem in &outcome.report.problems {
-                    eprintln!("trapline: {problem}");
-                }
-                ExitCode::from(outcome.exit_code())
-            }
-            Outcome::Ended(verdict) => {
-                if verdict != Verdict::Pass {
-                    eprintln!("trapline: {verdict}");
-                }
-                ExitCode::from(verdict.exit_code())
-            }
-            Outcome::Interrupted(signal) => ExitCode::from(128 + signal as u8),
-        })
+        ExitCode::from(verdict.exit_code())
+    }
+}
+
+/// Serves a guest, its console and its debugger to the end. `waits`: where it stands until a debugger lets it go on.
+pub(crate) fn attend(
+    mut session: Session,
+    console: &ConsoleTarget,
+    symbols: &Symbols,
+    waits: Option<&str>,
+) -> anyhow::Result<Outcome> {
+    let terminal = match console {
+        ConsoleTarget::Stdio => RawTerminal::take().context("cannot use the terminal")?,
+        _ => None,
+    };
+    // A background job that read the terminal would be stopped by SIGTTIN.
+    if matches!(console, ConsoleTarget::Stdio) && (terminal.is_some() || !io::stdin().is_terminal()) {
+        let serial = session.vm.serial().clone();
+        let room = serial.lock().room_event()?;
+        session.quit = Some(console::feed(serial, room, terminal.is_some())?);
+    }
+    session.announce(symbols, waits, terminal.is_some());
+    // The terminal is the user's again before anything is said.
+    session.run(waits.is_some())
+}
+
+/// What a run came to, for a person and for the CI system that looks at what we print.
+fn say(args: &RunArgs, outcome: &run::Outcome) {
+    if args.headless.is_wanted() {
+        eprint!("{}", outcome.report.summary(Style::of_stderr()));
+    } else if outcome.verdict != Verdict::Pass {
+        eprintln!("trapline: {}", outcome.verdict);
+    }
+    if let Some(paths) = SourcePaths::of_github() {
+        // Nobody is left to tell that stderr is closed.
+        let _ = outcome.report.write_annotations(&mut io::stderr(), &paths);
     }
 }
 
@@ -213,6 +227,7 @@ pub(crate) struct Session {
     supervisor: Option<Supervisor>,
     /// A trap has ended the run, and the debugger that is attached has not let the guest go on yet.
     held: Option<End>,
+    progress: Progress,
     stub: Option<Stub>,
     /// The user's wish, from within the console, to end the run.
     quit: Option<EventFd>,
@@ -225,12 +240,7 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    pub(crate) fn new(
-        vm: Vm,
-        supervisor: Option<Supervisor>,
-        timeout: Option<Duration>,
-        stub: Option<Stub>,
-    ) -> anyhow::Result<Self> {
+    pub(crate) fn new(vm: Vm, stub: Option<Stub>, timeout: Option<Duration>) -> anyhow::Result<Self> {
         let listen = |signal: i32| -> io::Result<(i32, UnixStream)> {
             let (receiver, sender) = UnixStream::pair()?;
             receiver.set_nonblocking(true)?;
@@ -244,9 +254,10 @@ impl Session {
         }
         Ok(Self {
             vm: Target::new(vm),
-            fds: supervisor.as_ref().map_or_else(Vec::new, |supervisor| supervisor.fds().to_vec()),
-            supervisor,
+            fds: Vec::new(),
+            supervisor: None,
             held: None,
+            progress: Progress::new(true),
             stub,
             quit: None,
             timer,
@@ -254,6 +265,12 @@ impl Session {
             signals,
             outcome: None,
         })
+    }
+
+    /// With somebody who looks after the run.
+    fn with(self, supervisor: Supervisor, console_on_stdout: bool) -> Self {
+        let fds = supervisor.fds().to_vec();
+        Self { fds, supervisor: Some(supervisor), progress: Progress::new(console_on_stdout), ..self }
     }
 
     /// Says what a user needs to know to go on, on stderr.
@@ -327,13 +344,13 @@ impl Session {
             Next::Nothing => Ok(()),
             Next::Go => self.go(),
             Next::Hold(reason) => {
-                eprintln!("trapline: {reason}");
+                self.progress.suspend(|| eprintln!("trapline: {reason}"));
                 if self.is_attached() {
                     return self.show(stop.unwrap_or_else(interrupted));
                 }
                 // Whoever comes to look takes the time that it takes.
                 self.timer.clear().map_err(io::Error::from)?;
-                eprintln!("trapline: the guest stands there until a debugger lets it go on");
+                self.progress.suspend(|| eprintln!("trapline: the guest stands there until a debugger lets it go on"));
                 Ok(())
             }
             Next::End(ended) => {
@@ -345,7 +362,7 @@ impl Session {
                 if !self.is_attached() {
                     return self.over(verdict, record);
                 }
-                eprintln!("trapline: {verdict}");
+                self.progress.suspend(|| eprintln!("trapline: {verdict}"));
                 self.held.get_or_insert((verdict, record));
                 self.show(stop.unwrap_or_else(interrupted))
             }
@@ -425,7 +442,14 @@ impl Session {
             self.interrupted(SIGINT)?;
         } else if self.fds.contains(&fd) {
             let next = match &mut self.supervisor {
-                Some(supervisor) => supervisor.ready(&mut self.vm, fd)?,
+                Some(supervisor) => {
+                    let next = supervisor.ready(&mut self.vm, fd)?;
+                    if self.progress.is_shown() && supervisor.is_headless() {
+                        let line = supervisor.last_line();
+                        self.progress.tick(&supervisor.progress(&line));
+                    }
+                    next
+                }
                 None => Next::Nothing,
             };
             self.follow(next, None)?;

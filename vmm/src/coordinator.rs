@@ -496,6 +496,7 @@ impl Coordinator {
             went_on = went_on.and(self.ask(vcpu, Request::Resume(mode)).map(|_| ()));
         }
         went_on?;
+        self.tell_device_stores()?;
         if !self.pending.iter().any(|stop| self.was_resumed(stop.vcpu)) {
             if self.alone.is_wanted() {
                 self.step_those_that_wait()?;
@@ -504,6 +505,17 @@ impl Coordinator {
         }
         self.stop()?;
         Ok(self.take_stop())
+    }
+
+    /// Devices store on threads of their own, and handlers are asked on those of vCPUs: the first that
+    /// runs takes it on.
+    fn tell_device_stores(&mut self) -> Result<(), CoordinatorError> {
+        for vcpu in (0..self.vcpus.len() as u32).map(VcpuId) {
+            if self.ground.has_device_stores() && self.was_resumed(vcpu) {
+                self.ask(vcpu, Request::TellDeviceStores)?;
+            }
+        }
+        Ok(())
     }
 
     /// The next stop that nobody was told of, once the world is stopped. Whoever takes it has

@@ -218,7 +218,7 @@ impl GuestRam {
     }
 
     /// Whom to call, on whatever thread, when a device has stored to a watched page. The first call counts.
-    pub(crate) fn on_device_store(&self, ring: impl Fn() + Send + Sync + 'static) {
+    pub fn on_device_store(&self, ring: impl Fn() + Send + Sync + 'static) {
         let _ = self.watched.bell.set(Box::new(ring));
     }
 

@@ -268,7 +268,16 @@ impl Vm {
 
     /// Lets the guest go on. `Some` is a stop that was pending: then nothing has run.
     pub fn resume(&mut self, plan: &ResumePlan) -> Result<Option<Stop>, CoordinatorError> {
-        self.coordinator.resume(plan)
+        let stop = self.coordinator.resume(plan)?;
+        self.ring_for_device_stores();
+        Ok(stop)
+    }
+
+    /// What devices stored and no vCPU could be told of yet wants another look.
+    fn ring_for_device_stores(&self) {
+        if self.is_running() && self.ram.has_device_stores() {
+            let _ = self.events.write(1);
+        }
     }
 
     /// How the guest was resumed last.
@@ -280,7 +289,9 @@ impl Vm {
     pub fn poll(&mut self) -> Result<Option<Stop>, CoordinatorError> {
         // Emptied before the look, so that what comes later wakes the poller again.
         let _ = self.events.read();
-        self.coordinator.poll()
+        let stop = self.coordinator.poll()?;
+        self.ring_for_device_stores();
+        Ok(stop)
     }
 
     /// Stops the world and says for what: a stop that won the race, or

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use trapline_harness::symbols::{Memory, Sources, Symbols};
-use trapline_harness::unwind::{Backtrace, GuestOrc, Tables, Unwinder};
+use trapline_harness::unwind::{Backtrace, Tables, Unwinder};
 use trapline_vmm::vcpu::{Registers, Segment};
 
 use crate::guests::debian;
@@ -28,7 +28,15 @@ impl Tables for Only<'_> {
         None
     }
 
-    fn guest_orc(&self, _addr: u64, _memory: &dyn Memory) -> Option<GuestOrc> {
+    fn symbol(&self, _name: &str) -> Option<u64> {
+        None
+    }
+
+    fn module(&self, _addr: u64) -> Option<u64> {
+        None
+    }
+
+    fn member(&self, _structure: &str, _path: &str) -> Option<u64> {
         None
     }
 }

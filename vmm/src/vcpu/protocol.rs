@@ -31,6 +31,8 @@ pub(crate) enum Request {
     Untell,
     /// All other vCPUs are parked: step over the patch on which this one waits to be alone.
     StepOver,
+    /// Devices have stored to watched pages by themselves: tell those who watch, if it runs.
+    TellDeviceStores,
     ReadRegisters,
     WriteRegisters(Box<Registers>),
     ReadActivity,
