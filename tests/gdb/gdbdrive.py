@@ -25,11 +25,11 @@ WATCHED = 2.0
 
 
 class Guest:
-    """`trapline run` with the console in a file and its own lines in a list."""
+    """`trapline run`, or another verb, with the console in a file and its own lines in a list."""
 
-    def __init__(self, console, arguments):
+    def __init__(self, console, arguments, verb="run"):
         self.console_file = Path(console)
-        command = [str(TARGET / "debug" / "trapline"), "run", "--gdb", ":0", "--console", f"file:{console}", *arguments]
+        command = [str(TARGET / "debug" / "trapline"), verb, "--gdb", ":0", "--console", f"file:{console}", *arguments]
         self.lines = []
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         threading.Thread(target=self._read, daemon=True).start()
