@@ -326,7 +326,7 @@ impl<'a> Reader<'a> {
             "cpu" => {
                 once("cpu", span, seen)?;
                 let (cpu, value) = self.value(word, "cpu=0")?;
-                if matches!(rule.what, What::Hang(_) | What::Console(_)) {
+                if matches!(rule.what, What::Hang(_) | What::Console(_) | What::TripleFault) {
                     return Err(Fault::new(
                         span,
                         "this is about the whole machine, not about one vCPU; leave cpu= out",

@@ -221,10 +221,10 @@ fn in_kernel_port(port: u16) -> Option<&'static str> {
     }
 }
 
-/// A name that is to be found once its module is there: not known yet, and no mistake as far as can be seen.
+/// A name that will be found once its module is there: the module's file has it.
 fn later(name: &Name, error: &LookupError) -> Option<Vec<PlannedPoint>> {
     let module = name.module.clone()?;
-    matches!(error, LookupError::NoSuchModule { .. })
+    matches!(error, LookupError::NotLoaded { .. })
         .then(|| vec![PlannedPoint { what: name.to_string(), by: By::Module { module } }])
 }
 

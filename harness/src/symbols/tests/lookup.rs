@@ -147,10 +147,8 @@ fn files_that_are_no_symbols_are_refused() {
     let refused = |bytes: &[u8]| symbols_in(bytes).unwrap_err().to_string();
     assert!(refused(b"hello").ends_with(": neither ELF (vmlinux, its debug file, a module) nor System.map"));
     assert!(refused(b"").ends_with(": neither ELF (vmlinux, its debug file, a module) nor System.map"));
-    assert!(
-        refused(b"ffffffff81000000 T _text\nrubbish\n")
-            .ends_with(": line 2: expected ADDRESS LETTER NAME as nm prints them")
-    );
+    let error = refused(b"ffffffff81000000 T _text\nrubbish\n");
+    assert!(error.ends_with(": line 2: expected ADDRESS LETTER NAME as nm prints them, found `rubbish`"), "{error}");
     assert!(refused(&demo()[..100]).contains(": not a sound ELF file: "));
     let missing = [PathBuf::from("/nowhere/vmlinux")];
     let error = Symbols::open(&Sources { symbols: &missing, ..Sources::default() }).unwrap_err();
