@@ -6,7 +6,7 @@
 //!   state.json    all else of the machine   trapline_vmm::state
 //! ```
 //!
-//! [`write`] adds the last of them when the others are there; [`Bundle`] reads them again, in another process, on
+//! [`write()`] adds the last of them when the others are there; [`Bundle`] reads them again, in another process, on
 //! another day. Everything in a bundle is foreign input: whatever is wrong with it is one line.
 
 mod memory;
@@ -15,7 +15,7 @@ mod symbols;
 mod tests;
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;

@@ -42,7 +42,7 @@ pub struct ConsoleOptions {
     /// The patterns of `console:` traps.
     pub patterns: Vec<Regex>,
     /// Where every byte goes, too, unchanged. A file that cannot be written any more is given up
-    /// ([`ConsoleHandle::problem`]).
+    /// ([`ConsoleHandle::problems`]).
     pub log: Option<File>,
 }
 

@@ -10,8 +10,8 @@ use super::supervisor::Supervisor;
 use crate::Verdict;
 use crate::console::ConsoleHandle;
 use crate::report::{
-    Outcome as TrapOutcome, Report, ReportTiming, SCHEMA, StopRecord, TestRecord, TestResult, TrapRecord, TrapTiming,
-    VerdictRecord,
+    Event, Outcome as TrapOutcome, Report, ReportTiming, SCHEMA, StopRecord, TestRecord, TestResult, TrapRecord,
+    TrapTiming, VerdictRecord,
 };
 
 /// What a run came to.
@@ -55,6 +55,14 @@ impl Supervisor {
         }
         for problem in &self.lost() {
             problems.push(problem.clone());
+        }
+        for mut stream in std::mem::take(&mut self.streams) {
+            let at = at.saturating_duration_since(self.began());
+            if let Some(stop) = &report.stop {
+                stream.emit(at, Event::Stop(stop));
+            }
+            stream.emit(at, Event::Verdict(&report.verdict));
+            problems.extend(stream.finish());
         }
         report.problems = problems;
         self.write_files(&mut report);
