@@ -9,11 +9,12 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use tempfile::NamedTempFile;
 use trapline_gdbstub_glue::Target;
 
@@ -248,6 +249,8 @@ impl Session {
             Ok((signal, receiver))
         };
         let signals = [listen(SIGINT)?, listen(SIGTERM)?, listen(SIGHUP)?];
+        // A file that may not grow is an error of its write, and costs the file and not the run.
+        signal_hook::flag::register(SIGXFSZ, Arc::default())?;
         let mut timer = TimerFd::new().map_err(io::Error::from)?;
         if let Some(time) = timeout {
             timer.reset(time, None).map_err(io::Error::from)?;
