@@ -8,34 +8,48 @@ use super::table::{Builder, Class, Kind, Raw, Table};
 
 /// Whether these are the first bytes of such a file.
 pub(super) fn is_one(bytes: &[u8]) -> bool {
+    // Debian's has one line only, which begins like a symbol and says where the real one is.
     let line = bytes.split(|&byte| byte == b'\n').next().unwrap_or_default();
-    std::str::from_utf8(line).is_ok_and(|line| parse_line(line).is_some())
+    let mut words = line.split(|byte| byte.is_ascii_whitespace());
+    let mut word = || words.next().unwrap_or_default();
+    let (address, letter) = (word(), word());
+    address.len() >= 8 && address.iter().all(u8::is_ascii_hexdigit) && letter.len() == 1
 }
 
-/// Reads the whole of it.
+/// Reads the whole of it. Lines of modules, which `/proc/kallsyms` has, are left out.
 pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Table, SymbolsError> {
     let text = std::str::from_utf8(bytes).map_err(|error| {
         SymbolsError::bad(path, format!("not a System.map: no text at byte {}", error.valid_up_to()))
     })?;
     let mut lines = Vec::new();
     for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        match parse_line(line) {
-            Some(parsed) => lines.push(parsed),
-            None => {
-                let why = format!("line {}: expected ADDRESS LETTER NAME as nm prints them", number + 1);
-                return Err(SymbolsError::bad(path, why));
-            }
-        }
+        let Some(parsed) = parse_line(line) else {
+            let line: String = line.chars().take(120).collect();
+            let why = format!("line {}: expected ADDRESS LETTER NAME as nm prints them, found `{line}`", number + 1);
+            return Err(SymbolsError::bad(path, why));
+        };
+        lines.extend(parsed);
+    }
+    if lines.iter().all(|line| line.0 == 0) {
+        let why =
+            "all addresses are 0: a kernel shows those in /proc/kallsyms to root only (sysctl kernel.kptr_restrict)";
+        return Err(SymbolsError::bad(path, why));
     }
     Ok(table(lines.into_iter(), None))
 }
 
-fn parse_line(line: &str) -> Option<(u64, u8, &str)> {
+/// None: not a line of such a file; `Some(None)`: one of a module.
+fn parse_line(line: &str) -> Option<Option<(u64, u8, &str)>> {
     let mut words = line.split_whitespace();
     let (address, letter, name) = (words.next()?, words.next()?, words.next()?);
+    let address = u64::from_str_radix(address, 16).ok()?;
     let [letter] = letter.as_bytes() else { return None };
     letter.is_ascii_alphabetic().then_some(())?;
-    Some((u64::from_str_radix(address, 16).ok()?, *letter, name))
+    match (words.next(), words.next()) {
+        (None, _) => Some(Some((address, *letter, name))),
+        (Some(module), None) if module.starts_with('[') => Some(None),
+        _ => None,
+    }
 }
 
 /// A table from addresses with `nm`'s letters, which kallsyms has as well: the classes follow from the letters and from

@@ -14,14 +14,17 @@ fn image() -> impl Strategy<Value = Image> {
                 (".eh_frame", (TEXT, eh_frame)),
                 (".text", (TEXT, Vec::new())),
             ]);
-            let mut guest_orc = None;
+            let mut symbols =
+                BTreeMap::from([("ftrace_caller".to_owned(), TEXT), ("ftrace_caller_end".to_owned(), STACK)]);
             if is_guest {
-                guest_orc = Some(GuestOrc { addresses: TEXT, entries: STACK, count: slide as u32 });
+                symbols.insert("__start_orc_unwind_ip".to_owned(), TEXT);
+                symbols.insert("__stop_orc_unwind_ip".to_owned(), TEXT + slide);
+                symbols.insert("__start_orc_unwind".to_owned(), STACK);
             } else {
                 sections.insert(".orc_unwind_ip", (TEXT, addresses));
                 sections.insert(".orc_unwind", (TEXT, orc));
             }
-            Image { sections, function: TEXT..TEXT + 0x800, guest_orc, slide }
+            Image { sections, function: TEXT..TEXT + 0x800, symbols, module: is_guest.then_some(STACK), slide }
         },
     )
 }
