@@ -25,7 +25,7 @@ fn machine(vcpus: usize, values: &[u64]) -> MachineState {
         vcpu.events.exception = Some(ExceptionState {
             vector: next() as u8,
             error_code: Some(next() as u32),
-            injected: next() % 2 == 0,
+            injected: next().is_multiple_of(2),
             payload: Some(Word(next())),
         });
         vcpu.owed.db = Some(Word(next()));

@@ -28,10 +28,8 @@ fn its_rules_are_rules() {
 
 #[test]
 fn its_errors_are_the_errors() {
-    for text in ["exec:do_exit if $raxx == 1"] {
-        let error = parse(text).unwrap_err();
-        assert!(PAGE.contains(&error.to_string()), "{error}");
-    }
+    let error = parse("exec:do_exit if $raxx == 1").unwrap_err();
+    assert!(PAGE.contains(&error.to_string()), "{error}");
     let error = from_toml("[[trap]]\nrule = \"exec:do_exit if $rax = 1\"\n", "traps.toml").unwrap_err();
     assert!(PAGE.contains(&error.to_string()), "{error}");
 }
@@ -39,7 +37,10 @@ fn its_errors_are_the_errors() {
 #[test]
 fn its_table_of_aliases_is_whole() {
     for alias in Alias::ALL {
-        let row = PAGE.lines().find(|line| line.starts_with(&format!("| `{alias}` |"))).expect(alias.word());
+        let row = PAGE
+            .lines()
+            .find(|line| line.starts_with(&format!("| `{alias}` |")))
+            .unwrap_or_else(|| panic!("{alias} has no row"));
         assert!(row.ends_with(&format!("| {} |", alias.exit_code())), "{row}");
         if let Some(option) = alias.option() {
             assert!(row.contains(option), "{row}");
