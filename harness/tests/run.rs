@@ -205,6 +205,23 @@ fn a_report_is_a_directory_that_is_whole() {
 }
 
 #[test]
+fn a_snapshot_is_a_machine_beside_the_report_and_the_guest_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let report = dir.path().join("report");
+    let outcome = demo("quiet ticks=5").trap("exec:tick count=2 =snapshot").report(&report).run().unwrap();
+    assert_eq!((outcome.exit_code(), hits(&outcome, 0)), (0, 5), "{}", outcome.verdict);
+    assert_eq!(outcome.report.problems, Vec::<String>::new());
+    for n in 1..=4 {
+        let name = format!("snapshot-{n}");
+        assert_eq!(outcome.report.files.get(&name), Some(&name));
+        for file in ["vmcore", "state.json"] {
+            assert!(fs::metadata(report.join(&name).join(file)).is_ok_and(|file| file.len() > 0), "{name}/{file}");
+        }
+    }
+    assert!(!report.join("snapshot-5").exists() && !report.join("vmcore").exists());
+}
+
+#[test]
 fn the_same_run_twice_differs_in_timing_only() {
     let run = || {
         let outcome = demo("quiet").cpus(1).trap("write:rounds_published count=5").run().unwrap();

@@ -148,6 +148,7 @@ impl Supervisor {
             && let Some(slide) = self.symbols.find_slide(&Seen::by(vm, vcpu)?, inside)
         {
             self.symbols = self.symbols.with_slide(slide);
+            self.unwinder = None;
             self.may_move = false;
         }
         Ok(!self.may_move)

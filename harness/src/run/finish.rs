@@ -47,7 +47,8 @@ impl Supervisor {
         self.console.finish();
         let tests = self.console.tests();
         let verdict = self.judge(verdict, &tests);
-        let mut problems = self.console.problems();
+        let mut problems = std::mem::take(&mut self.problems);
+        problems.extend(self.console.problems());
         let stop = stop.or_else(|| self.last_look(vm, &verdict));
         let mut report = self.make_report(&verdict, stop, tests, at);
         if verdict != Verdict::Pass && verdict != Verdict::Killed {

@@ -70,10 +70,14 @@ pub(crate) struct Moment {
 ///
 /// # Errors
 /// A vCPU did not answer.
-pub(crate) fn look(vm: &mut Vm, symbols: &Symbols, moment: &Moment) -> Result<StopRecord, CoordinatorError> {
-    let unwinder = Unwinder::new(symbols);
+pub(crate) fn look(
+    vm: &mut Vm,
+    symbols: &Symbols,
+    unwinder: &Unwinder,
+    moment: &Moment,
+) -> Result<StopRecord, CoordinatorError> {
     let vcpus = (0..vm.vcpus() as u32)
-        .map(|n| look_at(vm, symbols, &unwinder, VcpuId(n), moment))
+        .map(|n| look_at(vm, symbols, unwinder, VcpuId(n), moment))
         .collect::<Result<Vec<_>, _>>()?;
     let its = moment.vcpu.and_then(|vcpu| vcpus.get(vcpu.index()));
     let pc = match moment.vcpu {
@@ -99,7 +103,7 @@ pub(crate) fn micros(from: Instant, to: Instant) -> u64 {
 fn look_at(
     vm: &mut Vm,
     symbols: &Symbols,
-    unwinder: &Unwinder<&Symbols>,
+    unwinder: &Unwinder,
     vcpu: VcpuId,
     moment: &Moment,
 ) -> Result<VcpuRecord, CoordinatorError> {
@@ -131,7 +135,7 @@ fn look_at(
 pub(crate) fn backtrace(
     vm: &mut Vm,
     symbols: &Symbols,
-    unwinder: &Unwinder<&Symbols>,
+    unwinder: &Unwinder,
     vcpu: VcpuId,
     registers: &Registers,
 ) -> Result<(Vec<FrameRecord>, Option<String>), CoordinatorError> {

@@ -102,6 +102,8 @@ pub struct Supervisor {
     pub(super) modules: Modules,
     /// Those that the guest had when somebody looked last.
     pub(super) loaded: Vec<LoadedModule>,
+    /// Reads its tables once for as long as the symbols stay the same.
+    pub(super) unwinder: Option<Unwinder>,
     /// What is armed, so that what is not wanted any more can be taken away.
     pub(super) armed: BTreeSet<Breakpoint>,
     pub(super) timer: TimerFd,
@@ -116,6 +118,10 @@ pub struct Supervisor {
     pub(super) timeout: Option<Duration>,
     pub(super) began: Instant,
     pub(super) recent: VecDeque<HitRecord>,
+    /// Directories with machines that were saved on the way.
+    pub(super) snapshots: Vec<String>,
+    /// What went wrong on the way, for the report.
+    pub(super) problems: Vec<String>,
     /// The line of the console that ended the run.
     pub(super) console_line: Option<u64>,
     /// The vCPU that the guest's end came on.
@@ -161,6 +167,7 @@ impl Supervisor {
             modules: Modules::wanted(&plan.traps),
             patterns,
             loaded: Vec::new(),
+            unwinder: None,
             plan: plan.traps,
             records,
             symbols,
@@ -178,6 +185,8 @@ impl Supervisor {
             timeout,
             began: Instant::now(),
             recent: VecDeque::new(),
+            snapshots: Vec::new(),
+            problems: Vec::new(),
             console_line: None,
             ended_on: None,
             guest_status: None,
@@ -400,7 +409,8 @@ impl Supervisor {
                 Action::Backtrace => {
                     self.learn_modules(vm, hit.vcpu);
                     let registers = vm.registers(hit.vcpu)?;
-                    look::backtrace(vm, &self.symbols, &Unwinder::new(&self.symbols), hit.vcpu, &registers)?.0
+                    let unwinder = self.unwinder.get_or_insert_with(|| Unwinder::new(self.symbols.clone()));
+                    look::backtrace(vm, &self.symbols, unwinder, hit.vcpu, &registers)?.0
                 }
                 _ => Vec::new(),
             };
@@ -422,7 +432,7 @@ impl Supervisor {
                 }
                 Action::Gdb => Next::Hold(reason),
                 Action::Snapshot => {
-                    self.snapshot(vm, hit.trap);
+                    self.snapshot(vm);
                     Next::Go
                 }
                 Action::Backtrace | Action::Log | Action::Ignore => Next::Go,
@@ -549,7 +559,7 @@ impl Supervisor {
             }
             Action::Gdb => Next::Hold(reason),
             Action::Snapshot => {
-                self.snapshot(vm, trap);
+                self.snapshot(vm);
                 Next::Go
             }
             Action::Backtrace | Action::Log | Action::Ignore => Next::Go,
@@ -561,7 +571,8 @@ impl Supervisor {
     pub(crate) fn look(&mut self, vm: &mut Vm, moment: &Moment) -> Result<StopRecord, CoordinatorError> {
         self.look_for_slide(vm)?;
         self.learn_modules(vm, moment.vcpu.unwrap_or(VcpuId(0)));
-        look::look(vm, &self.symbols, moment)
+        let unwinder = self.unwinder.get_or_insert_with(|| Unwinder::new(self.symbols.clone()));
+        look::look(vm, &self.symbols, unwinder, moment)
     }
 
     /// What every vCPU is doing, for a stop that is no trap's: the end of the time, a crash.
@@ -597,7 +608,11 @@ impl Supervisor {
         let Ok(seen) = Seen::by(vm, vcpu) else { return };
         match self.symbols.guest_modules(&seen) {
             Ok(loaded) => {
-                self.symbols = self.symbols.with_modules(&loaded);
+                let identity = |module: &LoadedModule| (module.name.clone(), module.address, module.state);
+                if !loaded.iter().map(identity).eq(self.loaded.iter().map(identity)) {
+                    self.symbols = self.symbols.with_modules(&loaded);
+                    self.unwinder = None;
+                }
                 self.loaded = loaded;
             }
             Err(error) => tracing::debug!(%error, "the guest's modules are not known"),

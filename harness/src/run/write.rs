@@ -1,5 +1,6 @@
 //! Writing the files of a run.
 
+use std::fs;
 use std::path::Path;
 
 use trapline_vmm::Vm;
@@ -21,7 +22,14 @@ enum Trouble {
     Core(#[from] CoreError),
     #[error("no core: {0}")]
     Vcpu(#[from] CoordinatorError),
+    #[error(transparent)]
+    State(#[from] WriteBundleError),
+    #[error(transparent)]
+    Write(#[from] WriteError),
 }
+
+/// The core's name in a report.
+const CORE: &str = "vmcore";
 
 impl Supervisor {
     /// Writes the machine as it stands, where that was asked for; what went wrong, in words.
@@ -35,12 +43,11 @@ impl Supervisor {
                 Err(trouble) => problems.push(trouble.to_string()),
             }
         }
-        // Not compressed: it is what the guest's memory is taken from when the report is opened.
-        if let Some(path) = self.outputs.in_report("vmcore") {
-            match self.core(vm, &path, Form::Elf) {
+        if let Some(dir) = self.outputs.report.clone() {
+            match self.machine(vm, &dir) {
                 Ok(()) => {
-                    self.note(report, "vmcore", &path);
-                    problems.extend(self.state(vm, report).err().map(|error| error.to_string()));
+                    self.note(report, "vmcore", &dir.join(CORE));
+                    self.note(report, "state", &dir.join(bundle::STATE));
                 }
                 Err(trouble) => problems.push(trouble.to_string()),
             }
@@ -48,12 +55,11 @@ impl Supervisor {
         problems
     }
 
-    /// What makes a machine to come back to of the core.
-    fn state(&self, vm: &mut Vm, report: &mut Report) -> Result<(), WriteBundleError> {
-        let Some(dir) = &self.outputs.report else { return Ok(()) };
-        bundle::write(vm, dir)?;
-        self.note(report, "state", &dir.join(bundle::STATE));
-        Ok(())
+    /// Saves the machine, which stands, so that `trapline open` finds it in `dir`.
+    fn machine(&mut self, vm: &mut Vm, dir: &Path) -> Result<(), Trouble> {
+        // Not compressed: it is what the guest's memory is taken from.
+        self.core(vm, &dir.join(CORE), Form::Elf)?;
+        Ok(bundle::write(vm, dir)?)
     }
 
     fn core(&mut self, vm: &mut Vm, path: &Path, form: Form) -> Result<(), Trouble> {
@@ -71,9 +77,19 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Saves the machine as it stands beside the report, for a trap that wants no more.
-    pub(super) fn snapshot(&mut self, vm: &mut Vm, trap: usize) {
-        let _ = (vm, trap);
+    /// Saves the machine as it stands in a directory of its own beside the report, for a trap that wants no more.
+    pub(super) fn snapshot(&mut self, vm: &mut Vm) {
+        let name = format!("snapshot-{}", self.snapshots.len() + 1);
+        let Some(dir) = self.outputs.in_report(&name) else { return };
+        let made = fs::create_dir_all(&dir).map_err(|source| Trouble::Write(WriteError { path: dir.clone(), source }));
+        match made.and_then(|()| self.machine(vm, &dir)) {
+            Ok(()) => self.snapshots.push(name),
+            Err(trouble) => {
+                // Empty again, or somebody else's.
+                let _ = fs::remove_dir(&dir);
+                self.problems.push(trouble.to_string());
+            }
+        }
     }
 
     /// Writes everything that is made from the report.
@@ -84,6 +100,9 @@ impl Supervisor {
             self.note(report, "junit", &dir.join("junit.xml"));
             self.note(report, "events", &dir.join("events.ndjson"));
             self.note(report, "page", &dir.join("index.html"));
+            for name in &self.snapshots {
+                self.note(report, name, &dir.join(name));
+            }
             let written = in_dir(&dir, report);
             report.problems.extend(written.err().map(|error| error.to_string()));
         }
