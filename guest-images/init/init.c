@@ -154,6 +154,49 @@ static void mount(const char *what, const char *where, const char *options)
 	syscall5(SYS_mount, (u64)what, (u64)where, (u64)what, 0, (u64)options);
 }
 
+/* The entries of a directory as getdents64 gives them. */
+struct entry {
+	u64 inode, offset;
+	unsigned short size;
+	u8 type;
+	char name[];
+} __attribute__((packed));
+
+/* Calls `each` for what is in a directory, as long as it returns true. Whether it came to the end. */
+static int for_each_entry(const char *path, int (*each)(const char *name))
+{
+	static char entries[4096];
+	int fd = open_file(path, O_RDONLY | O_DIRECTORY), more = 1;
+	long n;
+
+	if (fd < 0)
+		return 1;
+	while (more && (n = syscall3(SYS_getdents64, (u64)fd, (u64)entries, sizeof(entries))) > 0) {
+		for (long at = 0; more && at < n;) {
+			const struct entry *entry = (const struct entry *)(entries + at);
+
+			at += entry->size;
+			if (compare(entry->name, ".") && compare(entry->name, ".."))
+				more = each(entry->name);
+		}
+	}
+	syscall3(SYS_close, (u64)fd, 0, 0);
+	return more;
+}
+
+static int stop_here(const char *name)
+{
+	(void)name;
+	return 0;
+}
+
+/* What the initramfs was packed with stays to be seen. */
+static void mount_if_empty(const char *what, const char *where, const char *options)
+{
+	if (for_each_entry(where, stop_here))
+		mount(what, where, options);
+}
+
 /* The devices that a program may expect, for a kernel without devtmpfs. */
 static void make_devices(void)
 {
@@ -185,8 +228,8 @@ static void make_system(void)
 	make_devices();
 	mount("devpts", "/dev/pts", "ptmxmode=666");
 	mount("tmpfs", "/dev/shm", "mode=1777");
-	mount("tmpfs", "/tmp", "mode=1777");
-	mount("tmpfs", "/run", "mode=755");
+	mount_if_empty("tmpfs", "/tmp", "mode=1777");
+	mount_if_empty("tmpfs", "/run", "mode=755");
 }
 
 /* The console as standard input, output and error, of this process and its children. */
@@ -266,50 +309,31 @@ static void add_environment(char **given)
 	}
 }
 
-/* The entries of a directory as getdents64 gives them. */
-struct entry {
-	u64 inode, offset;
-	unsigned short size;
-	u8 type;
-	char name[];
-} __attribute__((packed));
+static u32 module_count;
 
-static u32 list_modules(int directory)
+static int add_module(const char *name)
 {
-	static char entries[4096];
-	u32 count = 0;
-	long n;
+	size_t size = length(name) + 1;
 
-	while ((n = syscall3(SYS_getdents64, (u64)directory, (u64)entries, sizeof(entries))) > 0) {
-		for (long at = 0; at < n;) {
-			const struct entry *entry = (const struct entry *)(entries + at);
-			size_t size = length(entry->name) + 1;
-
-			at += entry->size;
-			if (entry->name[0] == '.' || size > MODULE_NAME || count == MAX_MODULES)
-				continue;
-			memcpy(module_names[count++], entry->name, size);
-		}
-	}
-	return count;
+	if (size > MODULE_NAME || module_count == MAX_MODULES)
+		say_error("no room for the module ", name, 0);
+	else
+		memcpy(module_names[module_count++], name, size);
+	return 1;
 }
 
 static void load_modules(void)
 {
-	int directory = open_file(MODULES, O_RDONLY | O_DIRECTORY);
-	u32 count;
-
-	if (directory < 0)
+	for_each_entry(MODULES, add_module);
+	if (!module_count)
 		return;
-	count = list_modules(directory);
-	syscall3(SYS_close, (u64)directory, 0, 0);
 	syscall3(SYS_chdir, (u64)MODULES, 0, 0);
-	for (u32 done = 0; done < count; done++) {
+	for (u32 done = 0; done < module_count; done++) {
 		const char *next = 0;
 		long result;
 		int fd;
 
-		for (u32 i = 0; i < count; i++) {
+		for (u32 i = 0; i < module_count; i++) {
 			const char *name = module_names[i];
 
 			if (name[0] && (!next || compare(name, next) < 0))

@@ -181,6 +181,19 @@ fn images_name_no_build_path() {
     }
 }
 
+/// It runs where nothing else is, and says nothing of where it was built.
+#[test]
+fn init_stands_alone() {
+    let image = crate::init();
+    let file = object::File::parse(image).expect("an ELF");
+    assert_eq!(file.kind(), object::ObjectKind::Executable);
+    assert!(file.section_by_name(".interp").is_none() && file.section_by_name(".dynamic").is_none());
+    let entry = crate::entry(image).expect("entry");
+    assert!(file.segments().any(|segment| (segment.address()..segment.address() + segment.size()).contains(&entry)));
+    let here = env!("CARGO_MANIFEST_DIR").as_bytes();
+    assert!(!image.windows(here.len()).any(|part| part == here));
+}
+
 #[test]
 fn entries_lie_in_executable_segments() {
     for image in IMAGES.iter().map(|image| image()) {

@@ -3,6 +3,7 @@
 //! A run ends with a [`Verdict`]; a script sees its exit code, a person its one line.
 #![deny(unsafe_code)]
 
+pub mod bundle;
 pub mod console;
 pub mod files;
 pub mod initramfs;

@@ -14,6 +14,9 @@ pub enum Verdict {
     Pass,
     /// The guest wrote this status, not 0, to the exit port.
     GuestFailed(u32),
+    /// The guest switched off or restarted, and the program that was its purpose ([`initramfs`](crate::initramfs)) had not
+    /// ended.
+    NoStatus,
     /// The guest's kernel told pvpanic that it panicked.
     Panicked,
     /// The time given to the run was over.
@@ -43,7 +46,7 @@ impl Verdict {
     pub fn exit_code(&self) -> u8 {
         match self {
             Verdict::Pass | Verdict::Killed => 0,
-            Verdict::GuestFailed(_) | Verdict::TestsFailed(_) => 1,
+            Verdict::GuestFailed(_) | Verdict::NoStatus | Verdict::TestsFailed(_) => 1,
             Verdict::Trapped { exit_code, .. } => *exit_code,
             Verdict::Panicked => 4,
             Verdict::TimedOut(_) => 5,
@@ -56,7 +59,7 @@ impl Verdict {
     pub fn kind(&self) -> VerdictKind {
         match self {
             Verdict::Pass => VerdictKind::Pass,
-            Verdict::GuestFailed(_) | Verdict::TestsFailed(_) => VerdictKind::GuestFailed,
+            Verdict::GuestFailed(_) | Verdict::NoStatus | Verdict::TestsFailed(_) => VerdictKind::GuestFailed,
             Verdict::Panicked | Verdict::Trapped { exit_code: 4, .. } => VerdictKind::Panic,
             Verdict::Trapped { .. } => VerdictKind::Trap,
             Verdict::TimedOut(_) => VerdictKind::Timeout,
@@ -101,6 +104,7 @@ impl fmt::Display for Verdict {
         match self {
             Verdict::Pass => write!(f, "the guest ended"),
             Verdict::GuestFailed(status) => write!(f, "the guest ended with status {status}"),
+            Verdict::NoStatus => write!(f, "the guest switched off or restarted before its program had ended"),
             Verdict::Panicked => write!(f, "the guest's kernel panicked"),
             Verdict::TimedOut(time) => write!(f, "the guest was still running after {time:?}"),
             Verdict::Died(crash) => write!(f, "the guest died: {crash}"),
@@ -123,6 +127,7 @@ mod tests {
         let cases = [
             (Verdict::Pass, 0),
             (Verdict::GuestFailed(7), 1),
+            (Verdict::NoStatus, 1),
             (Verdict::Panicked, 4),
             (Verdict::TimedOut(Duration::from_secs(1)), 5),
             (died, 6),

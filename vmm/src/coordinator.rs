@@ -34,6 +34,7 @@ use crate::debug::{
 };
 use crate::ground::{Ground, NoGround};
 use crate::limits::{ACK_DEADLINE, KICK_INTERVAL, MAX_WATCHED, QUIT_DEADLINE};
+use crate::state::VcpuState;
 use crate::sync::{Arc, Deadline, Missed, mpsc, thread};
 use crate::vcpu::protocol::{Answer, Command, Event, Located, Message, Reply, Request};
 use crate::vcpu::thread::VcpuThread;
@@ -111,8 +112,10 @@ pub struct Coordinator {
     world: World,
     /// Stops that happened and were not told yet, oldest first (law 14).
     pending: VecDeque<Stop>,
-    /// Set by a stop after which the guest cannot go on.
-    ending: Option<Ending>,
+    /// A stop that was told, after which the guest cannot go on.
+    ending: Option<Stop>,
+    /// The vCPU of the stop that was told last.
+    last: VcpuId,
     /// Registers of parked vCPUs, as far as somebody has asked. Valid while the world stands.
     registers: Vec<Option<Registers>>,
     /// vCPUs that must step over a patch.
@@ -161,6 +164,7 @@ impl Coordinator {
             world: World::Stopped,
             pending: VecDeque::new(),
             ending: None,
+            last: VcpuId(0),
             alone: Alone::default(),
             notices: Vec::new(),
             seq: 0,
@@ -434,7 +438,7 @@ impl Coordinator {
             World::Over(_) => return Err(CoordinatorError::Ended),
             World::Stopped => {}
         }
-        if let Some(ending) = self.ending.take() {
+        if let Some(ending) = self.take_ending() {
             return Ok(Some(self.end(ending)));
         }
         if let Some(stop) = self.take_pending(|vcpu| plan.mode(vcpu) != RunMode::Parked) {
@@ -492,6 +496,7 @@ impl Coordinator {
             went_on = went_on.and(self.ask(vcpu, Request::Resume(mode)).map(|_| ()));
         }
         went_on?;
+        self.tell_device_stores()?;
         if !self.pending.iter().any(|stop| self.was_resumed(stop.vcpu)) {
             if self.alone.is_wanted() {
                 self.step_those_that_wait()?;
@@ -500,6 +505,17 @@ impl Coordinator {
         }
         self.stop()?;
         Ok(self.take_stop())
+    }
+
+    /// Devices store on threads of their own, and handlers are asked on those of vCPUs: the first that
+    /// runs takes it on.
+    fn tell_device_stores(&mut self) -> Result<(), CoordinatorError> {
+        for vcpu in (0..self.vcpus.len() as u32).map(VcpuId) {
+            if self.ground.has_device_stores() && self.was_resumed(vcpu) {
+                self.ask(vcpu, Request::TellDeviceStores)?;
+            }
+        }
+        Ok(())
     }
 
     /// The next stop that nobody was told of, once the world is stopped. Whoever takes it has
@@ -536,6 +552,56 @@ impl Coordinator {
             *cached = None;
         }
         self.ask_stopped(vcpu, Request::WriteRegisters(Box::new(*registers))).map(|_| ())
+    }
+
+    /// Everything that each parked vCPU is.
+    pub fn save(&mut self) -> Result<Vec<VcpuState>, CoordinatorError> {
+        self.must_be_stopped()?;
+        let answers = self.ask_each(vec![Request::Save; self.vcpus.len()], ACK_DEADLINE);
+        let state = |(n, answer): (usize, Result<Reply, CoordinatorError>)| match answer? {
+            Reply::State(state) => Ok(*state),
+            other => Err(CoordinatorError::vcpu_error(VcpuId(n as u32), format!("unexpected answer {other:?}"))),
+        };
+        answers.into_iter().enumerate().map(state).collect()
+    }
+
+    /// Makes each parked vCPU what was saved: one state for each. Stops that were not told are gone, and `stops` are to be
+    /// told when their vCPUs are resumed. Who asks for a stop now is told of `at`, as if it alone had been resumed.
+    ///
+    /// # Errors
+    /// If a vCPU cannot be made that. None of them is fit to run then.
+    pub fn restore(&mut self, states: Vec<VcpuState>, stops: Vec<Stop>, at: VcpuId) -> Result<(), CoordinatorError> {
+        self.must_be_stopped()?;
+        let requests: Vec<_> = states.into_iter().map(|state| Request::Restore(Box::new(state))).collect();
+        if requests.len() != self.vcpus.len() {
+            let vcpu = VcpuId(requests.len().min(self.vcpus.len()) as u32);
+            return Err(CoordinatorError::NoSuchVcpu { vcpu });
+        }
+        self.registers.fill(None);
+        self.alone.forget();
+        (self.ending, self.pending, self.last) = (None, stops.into(), at);
+        for (n, vcpu) in self.vcpus.iter_mut().enumerate() {
+            vcpu.mode = if n == at.index() { RunMode::Continue } else { RunMode::Parked };
+        }
+        self.ask_each(requests, ACK_DEADLINE).into_iter().try_for_each(|answer| answer.map(|_| ()))
+    }
+
+    /// The vCPU that the stop told last was about.
+    pub fn last_stopped(&self) -> VcpuId {
+        self.last
+    }
+
+    /// The stops that were not told yet, and the one that was told last if the guest cannot go on after it.
+    pub fn stops(&self) -> impl Iterator<Item = &Stop> {
+        self.ending.iter().chain(&self.pending)
+    }
+
+    fn must_be_stopped(&self) -> Result<(), CoordinatorError> {
+        match self.world {
+            World::Stopped => Ok(()),
+            World::Running => Err(CoordinatorError::Running),
+            World::Over(_) => Err(CoordinatorError::Ended),
+        }
     }
 
     fn was_resumed(&self, vcpu: VcpuId) -> bool {
@@ -597,7 +663,7 @@ impl Coordinator {
         let forgetting: Vec<VcpuId> = (0..self.vcpus.len() as u32).map(VcpuId).filter(forget).collect();
         forgetting.into_iter().for_each(|vcpu| self.untell(vcpu));
         let mut started = Ok(());
-        match self.ending.take() {
+        match self.take_ending() {
             Some(ending) => _ = self.end(ending),
             None if self.ended().is_none() => {
                 started = self.start(&ResumePlan::all(self.vcpus.len(), RunMode::Continue), waits);
@@ -613,6 +679,10 @@ impl Coordinator {
         if self.ended().is_none() {
             self.end(Ending::Killed);
         }
+    }
+
+    fn take_ending(&mut self) -> Option<Ending> {
+        self.ending.take().and_then(|stop| ending_of(&stop.reason))
     }
 
     fn end(&mut self, ending: Ending) -> Stop {
@@ -645,7 +715,8 @@ impl Coordinator {
         self.drop_removed();
         let at = self.pending.iter().position(|stop| may(stop.vcpu))?;
         let stop = self.pending.remove(at)?;
-        self.ending = self.ending.take().or_else(|| ending_of(&stop.reason));
+        self.last = stop.vcpu;
+        self.ending = self.ending.take().or_else(|| ending_of(&stop.reason).map(|_| stop.clone()));
         let cancelled: Vec<VcpuId> =
             self.pending.iter().filter(|other| other.reason == StopReason::Step).map(|other| other.vcpu).collect();
         self.pending.retain(|other| other.reason != StopReason::Step);
@@ -681,11 +752,8 @@ impl Coordinator {
     }
 
     fn ask_stopped(&mut self, vcpu: VcpuId, request: Request) -> Result<Reply, CoordinatorError> {
-        match self.world {
-            World::Stopped => self.ask(vcpu, request),
-            World::Running => Err(CoordinatorError::Running),
-            World::Over(_) => Err(CoordinatorError::Ended),
-        }
+        self.must_be_stopped()?;
+        self.ask(vcpu, request)
     }
 
     fn ask(&mut self, vcpu: VcpuId, request: Request) -> Result<Reply, CoordinatorError> {
@@ -884,6 +952,7 @@ mod tests {
             Ok(Reply::Registers(registers)) => Ok(Reply::Registers(registers.clone())),
             Ok(Reply::Glance(glance)) => Ok(Reply::Glance(*glance)),
             Ok(Reply::Activity(activity)) => Ok(Reply::Activity(*activity)),
+            Ok(Reply::State(state)) => Ok(Reply::State(state.clone())),
             Ok(Reply::Located(found)) => Ok(Reply::Located(found.clone())),
             Err(error) => Err(error.clone()),
         };

@@ -17,6 +17,26 @@
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
+use crate::state::{CpuidLeaf, Word};
+
+impl From<&kvm_cpuid_entry2> for CpuidLeaf {
+    fn from(entry: &kvm_cpuid_entry2) -> Self {
+        let [function, index, eax, ebx, ecx, edx] =
+            [entry.function, entry.index, entry.eax, entry.ebx, entry.ecx, entry.edx].map(Word::from);
+        CpuidLeaf { function, index, indexed: entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0, eax, ebx, ecx, edx }
+    }
+}
+
+/// An entry for KVM_SET_CPUID2; of each register the low 32 bits.
+impl From<&CpuidLeaf> for kvm_cpuid_entry2 {
+    fn from(leaf: &CpuidLeaf) -> Self {
+        let [function, index, eax, ebx, ecx, edx] =
+            [leaf.function, leaf.index, leaf.eax, leaf.ebx, leaf.ecx, leaf.edx].map(|word| word.0 as u32);
+        let flags = if leaf.indexed { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
+        kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, ..Default::default() }
+    }
+}
+
 /// What the entries are made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Topology {

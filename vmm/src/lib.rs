@@ -22,6 +22,7 @@ mod memslots;
 pub mod msrs;
 pub mod paging;
 pub mod probe;
+pub mod state;
 mod sync;
 pub mod vcpu;
 #[cfg(not(feature = "shuttle"))]
@@ -29,4 +30,4 @@ mod vm;
 
 pub use machine::{HostError, KvmGround};
 #[cfg(not(feature = "shuttle"))]
-pub use vm::{Vm, VmConfig, VmError};
+pub use vm::{RestoreConfig, VcpuHook, Vm, VmConfig, VmError};

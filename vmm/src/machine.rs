@@ -4,24 +4,26 @@
 //! Unsafe because KVM is given host memory to run the guest in.
 #![allow(unsafe_code)]
 
+pub(crate) mod chips;
 mod ground;
 
 use std::io;
-use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_X86_USER_SPACE_MSR,
-    KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_MP_STATE_RUNNABLE, KVM_MSR_EXIT_REASON_FILTER, KVM_PIT_SPEAKER_DUMMY,
-    Msrs, kvm_cpuid_entry2, kvm_enable_cap, kvm_lapic_state, kvm_mp_state, kvm_pit_config, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_X86_TRIPLE_FAULT_EVENT,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_MP_STATE_RUNNABLE,
+    KVM_MSR_EXIT_REASON_FILTER, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_cpuid_entry2, kvm_enable_cap, kvm_lapic_state,
+    kvm_mp_state, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
 
 use crate::boot::{self, BootError, BootRequest, CpuState, Entry, layout};
 use crate::cpuid::{self, Topology};
-use crate::devices::{Bus, Console, Pc, Serial, Shared, serial, virtio};
+use crate::devices::{Console, Pc, serial, virtio};
 use crate::memory::{GuestRam, Slot};
 use crate::memslots::Change;
 use crate::msrs;
+use crate::state::{CpuidLeaf, MachineState, RestoreError};
 use crate::vcpu::{ArmHook, KvmCpu};
 
 pub use ground::KvmGround;
@@ -93,8 +95,9 @@ pub(crate) fn open_kvm() -> Result<Kvm, HostError> {
 pub(crate) struct Machine {
     pub(crate) vm: VmFd,
     pub(crate) cpus: Vec<KvmCpu>,
-    pub(crate) bus: Arc<Bus>,
-    pub(crate) serial: Shared<Serial>,
+    pub(crate) pc: Pc,
+    /// What CPUID answers, for each vCPU.
+    pub(crate) cpuid: Vec<Vec<CpuidLeaf>>,
     pub(crate) entry: Entry,
 }
 
@@ -107,6 +110,8 @@ pub(crate) enum MachineError {
     Boot(#[from] BootError),
     #[error("{0}")]
     Device(String),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
 }
 
 impl Machine {
@@ -121,33 +126,75 @@ impl Machine {
         // Everything that is wrong with the input is said before anything is asked of the host.
         let entry = boot::load_with(ram, request, &virtio.places())?;
         let kvm = open_kvm()?;
-        let max = kvm.get_max_vcpus();
-        if request.cpus as usize > max {
-            return Err(HostError::TooManyVcpus { asked: request.cpus, max }.into());
-        }
-        let vm = new_vm(&kvm)?;
-        for slot in ram.slots() {
-            set_memory_region(&vm, ram, Change { slot, read_only: false })
-                .map_err(|error| HostError::Setup { step: "map guest memory", error })?;
-        }
-        let pc = Pc::new(ram, request.cpus as u8, console, virtio)
-            .map_err(|error| MachineError::Device(error.to_string()))?;
-        let irq = pc.com1.lock().irq().map_err(|error| MachineError::Device(error.to_string()))?;
-        setup("connect the console's interrupt", vm.register_irqfd(&irq, serial::COM1_IRQ))?;
-        for device in virtio.iter() {
-            connect(&vm, device)?;
-        }
+        let (vm, pc) = without_cpus(&kvm, ram, request.cpus, console, virtio)?;
         let supported = setup("list its CPUID", kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
         let topology = Topology { cpus: request.cpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) };
-        let mut cpus = Vec::new();
+        let (mut cpus, mut cpuid) = (Vec::new(), Vec::new());
         for n in 0..request.cpus {
             let fd = setup("create a vCPU", vm.create_vcpu(n.into()))?;
             let state = if n == 0 { Some(entry.bsp) } else { boot::ap_state(request.ap_start, n) };
-            init_vcpu(&fd, &cpuid::vcpu_entries(supported.as_slice(), n, topology), state)?;
+            let entries = cpuid::vcpu_entries(supported.as_slice(), n, topology);
+            init_vcpu(&fd, &entries, state)?;
+            cpuid.push(entries.iter().map(CpuidLeaf::from).collect());
             cpus.push(KvmCpu::new(fd, pc.bus.clone(), ram.clone(), arm_hook(n)));
         }
-        Ok(Self { vm, cpus, bus: pc.bus, serial: pc.com1, entry })
+        Ok(Self { vm, cpus, pc, cpuid, entry })
     }
+
+    /// Makes a machine around `ram` for vCPUs that were saved, with their CPUID and nothing else of them.
+    pub(crate) fn for_state(
+        ram: &GuestRam,
+        state: &MachineState,
+        console: Console,
+        virtio: &virtio::Devices,
+        arm_hook: impl Fn(u32) -> Option<ArmHook>,
+    ) -> Result<Self, MachineError> {
+        let kvm = open_kvm()?;
+        let supported = setup("list its CPUID", kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
+        let supported: Vec<CpuidLeaf> = supported.as_slice().iter().map(CpuidLeaf::from).collect();
+        state.check_host(&supported)?;
+        let (vm, pc) = without_cpus(&kvm, ram, state.cpuid.len() as u32, console, virtio)?;
+        let mut cpus = Vec::new();
+        for (n, cpuid) in (0..).zip(&state.cpuid) {
+            let fd = setup("create a vCPU", vm.create_vcpu(n.into()))?;
+            let entries: Vec<kvm_cpuid_entry2> = cpuid.iter().map(kvm_cpuid_entry2::from).collect();
+            set_cpuid(&fd, &entries)?;
+            cpus.push(KvmCpu::new(fd, pc.bus.clone(), ram.clone(), arm_hook(n)));
+        }
+        Ok(Self { vm, cpus, pc, cpuid: state.cpuid.clone(), entry: state.entry.clone() })
+    }
+}
+
+/// A virtual machine with memory and devices.
+fn without_cpus(
+    kvm: &Kvm,
+    ram: &GuestRam,
+    cpus: u32,
+    console: Console,
+    virtio: &virtio::Devices,
+) -> Result<(VmFd, Pc), MachineError> {
+    let max = kvm.get_max_vcpus();
+    if cpus as usize > max {
+        return Err(HostError::TooManyVcpus { asked: cpus, max }.into());
+    }
+    let vm = new_vm(kvm)?;
+    for slot in ram.slots() {
+        set_memory_region(&vm, ram, Change { slot, read_only: false })
+            .map_err(|error| HostError::Setup { step: "map guest memory", error })?;
+    }
+    let pc = Pc::new(ram, cpus as u8, console, virtio).map_err(|error| MachineError::Device(error.to_string()))?;
+    let irq = pc.com1.lock().irq().map_err(|error| MachineError::Device(error.to_string()))?;
+    setup("connect the console's interrupt", vm.register_irqfd(&irq, serial::COM1_IRQ))?;
+    for device in virtio.iter() {
+        connect(&vm, device)?;
+    }
+    Ok((vm, pc))
+}
+
+fn set_cpuid(fd: &VcpuFd, cpuid: &[kvm_cpuid_entry2]) -> Result<(), HostError> {
+    let cpuid = CpuId::from_entries(cpuid)
+        .map_err(|_| HostError::Setup { step: "set a vCPU's CPUID", error: io::ErrorKind::OutOfMemory.into() })?;
+    setup("set a vCPU's CPUID", fd.set_cpuid2(&cpuid))
 }
 
 /// Interrupt and kick of a virtio device go through KVM alone (KVM API 4.75, 4.59).
@@ -210,8 +257,9 @@ pub(crate) fn new_vm(kvm: &Kvm) -> Result<VmFd, HostError> {
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     setup("create the PIT", vm.create_pit2(pit))?;
     // Without the first, reading vCPU events changes them (KVM API 4.31); without the second,
-    // upstream KVM also queues #UD for what it could not emulate. Older kernels have neither.
-    for cap in [KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_ON_EMULATION_FAILURE] {
+    // upstream KVM also queues #UD for what it could not emulate; without the third, events leave out a
+    // triple fault that is about to be reported. Older kernels have none of them.
+    for cap in [KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_X86_TRIPLE_FAULT_EVENT] {
         let mut enable = kvm_enable_cap { cap, ..Default::default() };
         enable.args[0] = 1;
         if let Err(error) = vm.enable_cap(&enable) {
@@ -224,9 +272,7 @@ pub(crate) fn new_vm(kvm: &Kvm) -> Result<VmFd, HostError> {
 /// Sets everything of a vCPU that exists before its first instruction. Without a state it waits
 /// for INIT and SIPI, as KVM made it.
 fn init_vcpu(fd: &VcpuFd, cpuid: &[kvm_cpuid_entry2], state: Option<CpuState>) -> Result<(), HostError> {
-    let cpuid = CpuId::from_entries(cpuid)
-        .map_err(|_| HostError::Setup { step: "set a vCPU's CPUID", error: io::ErrorKind::OutOfMemory.into() })?;
-    setup("set a vCPU's CPUID", fd.set_cpuid2(&cpuid))?;
+    set_cpuid(fd, cpuid)?;
     for entry in msrs::boot_msrs() {
         let msr = Msrs::from_entries(&[entry])
             .map_err(|_| HostError::Setup { step: "set a vCPU's MSRs", error: io::ErrorKind::OutOfMemory.into() })?;

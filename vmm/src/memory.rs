@@ -218,7 +218,7 @@ impl GuestRam {
     }
 
     /// Whom to call, on whatever thread, when a device has stored to a watched page. The first call counts.
-    pub(crate) fn on_device_store(&self, ring: impl Fn() + Send + Sync + 'static) {
+    pub fn on_device_store(&self, ring: impl Fn() + Send + Sync + 'static) {
         let _ = self.watched.bell.set(Box::new(ring));
     }
 
@@ -282,8 +282,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Splits `size` bytes of RAM around the PCI hole: (start, length), lowest first.
-fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
+/// Where `size` bytes of RAM are, split around the PCI hole: (start, length), lowest first.
+pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
     let low = size.min(PCI_HOLE_START);
     let mut ranges = vec![(0, low)];
     if size > low {

@@ -1,5 +1,7 @@
 //! A guest under the debugger: the machine, its coordinator, and its memory.
 
+mod saved;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
@@ -15,12 +17,15 @@ use crate::debug::{
     ResumePlan, Stop, StopReason, VcpuId,
 };
 use crate::devices::virtio::{self, Backend, Disk, DiskConfig, DiskError, Entropy};
-use crate::devices::{Bus, Console, Serial, Shared};
+use crate::devices::{Console, Pc, Serial, Shared};
 use crate::machine::{self, HostError, KvmGround, Machine, MachineError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::paging::{self, Paging};
 use crate::probe;
+use crate::state::{CpuidLeaf, RestoreError};
 use crate::vcpu::{Activity, ArmHook, Glance, Registers, kick};
+
+pub use saved::RestoreConfig;
 
 /// What to make a guest from.
 pub struct VmConfig<'a> {
@@ -35,8 +40,11 @@ pub struct VmConfig<'a> {
     /// Whether it has a source of random bytes (virtio-rng).
     pub rng: bool,
     /// For tests: asked before each vCPU is armed, so that an ioctl can be made to fail.
-    pub arm_hook: Option<Arc<dyn Fn(VcpuId) -> io::Result<()> + Send + Sync>>,
+    pub arm_hook: Option<VcpuHook>,
 }
+
+/// Asked before a vCPU is armed.
+pub type VcpuHook = Arc<dyn Fn(VcpuId) -> io::Result<()> + Send + Sync>;
 
 /// Why there is no guest. The severity is the caller's to decide.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +58,9 @@ pub enum VmError {
     /// The memory cannot be had.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// It cannot be restored from the state that was given.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
     /// A disk cannot be attached.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -58,21 +69,43 @@ pub enum VmError {
     Resources(String),
 }
 
+impl VmError {
+    /// Whether it is this host that cannot, rather than what was asked that is wrong.
+    pub const fn is_hosts(&self) -> bool {
+        match self {
+            VmError::Host(_) | VmError::Resources(_) => true,
+            VmError::Restore(error) => error.is_of_this_host(),
+            VmError::Boot(_) | VmError::Memory(_) | VmError::Disk(_) => false,
+        }
+    }
+}
+
 impl From<MachineError> for VmError {
     fn from(error: MachineError) -> Self {
         match error {
             MachineError::Host(error) => VmError::Host(error),
             MachineError::Boot(error) => VmError::Boot(error),
             MachineError::Device(error) => VmError::Resources(error),
+            MachineError::Restore(error) => VmError::Restore(error),
         }
     }
 }
 
-/// The virtio devices, each with the place that it has.
-fn backends(disks: Vec<Disk>, rng: bool) -> Vec<(u32, Box<dyn Backend>)> {
+/// The hook for each vCPU.
+fn hook_for(hook: Option<VcpuHook>) -> impl Fn(u32) -> Option<ArmHook> {
+    move |n| {
+        let hook = hook.clone()?;
+        Some(Arc::new(move |_| hook(VcpuId(n))))
+    }
+}
+
+/// The virtio devices, each at its place.
+fn start_virtio(ram: &GuestRam, disks: &[DiskConfig], rng: bool) -> Result<virtio::Devices, VmError> {
+    let disks = Disk::open_all(disks)?;
     let rng = rng.then(|| (virtio::ENTROPY_SLOT, Box::new(Entropy) as Box<dyn Backend>));
     let disks = (virtio::ENTROPY_SLOT + 1..).zip(disks).map(|(slot, disk)| (slot, Box::new(disk) as Box<dyn Backend>));
-    rng.into_iter().chain(disks).collect()
+    virtio::Devices::start(ram, rng.into_iter().chain(disks).collect())
+        .map_err(|error| VmError::Resources(error.to_string()))
 }
 
 /// A guest under the debugger. Made stopped, before its first instruction.
@@ -82,11 +115,12 @@ pub struct Vm {
     /// The coordinator knows what this host serves beyond the slots.
     offered: bool,
     ram: GuestRam,
-    serial: Shared<Serial>,
+    pc: Pc,
+    cpuid: Vec<Vec<CpuidLeaf>>,
     virtio: virtio::Devices,
+    disks: Vec<DiskConfig>,
     entry: Entry,
     events: EventFd,
-    bus: Arc<Bus>,
     // Keeps the interrupt controllers alive for as long as devices raise lines.
     vm: Arc<VmFd>,
 }
@@ -94,15 +128,20 @@ pub struct Vm {
 impl Vm {
     /// Makes the machine and loads the kernel. No guest code has run when this returns.
     pub fn boot(config: VmConfig<'_>) -> Result<Self, VmError> {
-        let resources = |error: io::Error| VmError::Resources(error.to_string());
         let ram = GuestRam::new(config.memory)?;
-        let disks = Disk::open_all(&config.disks)?;
-        let virtio = virtio::Devices::start(&ram, backends(disks, config.rng)).map_err(resources)?;
-        let hook = |n: u32| -> Option<ArmHook> {
-            let hook = config.arm_hook.clone()?;
-            Some(Arc::new(move |_| hook(VcpuId(n))))
-        };
-        let machine = Machine::new(&ram, &config.boot, config.console, &virtio, hook)?;
+        let virtio = start_virtio(&ram, &config.disks, config.rng)?;
+        let machine = Machine::new(&ram, &config.boot, config.console, &virtio, hook_for(config.arm_hook))?;
+        Self::around(machine, ram, virtio, config.disks)
+    }
+
+    /// The machine as its users have it, parked.
+    fn around(
+        machine: Machine,
+        ram: GuestRam,
+        virtio: virtio::Devices,
+        disks: Vec<DiskConfig>,
+    ) -> Result<Self, VmError> {
+        let resources = |error: io::Error| VmError::Resources(error.to_string());
         kick::install().map_err(resources)?;
         let events = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(resources)?;
         let notify = Arc::new(events.try_clone().map_err(resources)?);
@@ -117,17 +156,8 @@ impl Vm {
         coordinator.use_ground(Box::new(ground), Offer::SLOTS);
         let bell = events.try_clone().map_err(resources)?;
         ram.on_device_store(move || _ = bell.write(1));
-        Ok(Self {
-            coordinator,
-            ram,
-            serial: machine.serial,
-            virtio,
-            entry: machine.entry,
-            events,
-            offered: false,
-            bus: machine.bus,
-            vm,
-        })
+        let Machine { pc, cpuid, entry, .. } = machine;
+        Ok(Self { coordinator, ram, pc, cpuid, virtio, disks, entry, events, offered: false, vm })
     }
 
     /// Readable whenever [`poll`](Self::poll) may have something to say.
@@ -137,7 +167,7 @@ impl Vm {
 
     /// The console's input side.
     pub fn serial(&self) -> &Shared<Serial> {
-        &self.serial
+        &self.pc.com1
     }
 
     /// The disks and the source of random bytes.
@@ -238,7 +268,16 @@ impl Vm {
 
     /// Lets the guest go on. `Some` is a stop that was pending: then nothing has run.
     pub fn resume(&mut self, plan: &ResumePlan) -> Result<Option<Stop>, CoordinatorError> {
-        self.coordinator.resume(plan)
+        let stop = self.coordinator.resume(plan)?;
+        self.ring_for_device_stores();
+        Ok(stop)
+    }
+
+    /// What devices stored and no vCPU could be told of yet wants another look.
+    fn ring_for_device_stores(&self) {
+        if self.is_running() && self.ram.has_device_stores() {
+            let _ = self.events.write(1);
+        }
     }
 
     /// How the guest was resumed last.
@@ -250,7 +289,9 @@ impl Vm {
     pub fn poll(&mut self) -> Result<Option<Stop>, CoordinatorError> {
         // Emptied before the look, so that what comes later wakes the poller again.
         let _ = self.events.read();
-        self.coordinator.poll()
+        let stop = self.coordinator.poll()?;
+        self.ring_for_device_stores();
+        Ok(stop)
     }
 
     /// Stops the world and says for what: a stop that won the race, or
@@ -305,7 +346,7 @@ impl Vm {
     /// Has the handlers asked about each access to these ports, served by a device or not: of those that exit to
     /// the VMM, which the ports of KVM's own devices do not. Belongs before the first resume, and works once.
     pub fn trap_ports(&self, ports: BTreeMap<u16, PortHandler>) -> bool {
-        self.bus.trap_ports(ports)
+        self.pc.bus.trap_ports(ports)
     }
 
     /// Stops with [`StopReason::KernelEntry`] as soon as guest code runs at a kernel's addresses (the upper half)

@@ -11,7 +11,7 @@ pub enum KernelEnd {
     Halt,
 }
 
-/// `Run /init as init process`, since 5.1.
+/// `Run /init as init process`. A kernel that is told to be quiet does not say it.
 pub(super) fn starts_first_program(message: &str) -> bool {
     message.strip_prefix("Run ").is_some_and(|rest| rest.ends_with(" as init process"))
 }

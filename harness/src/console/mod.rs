@@ -26,6 +26,7 @@ pub use kernel::KernelEnd;
 
 use self::lines::Lines;
 use self::tap::Tap;
+use crate::initramfs;
 use crate::report::{ConsoleLine, TestRecord};
 
 /// Most events that wait for the event loop. Matches are counted beyond that.
@@ -41,7 +42,7 @@ pub struct ConsoleOptions {
     /// The patterns of `console:` traps.
     pub patterns: Vec<Regex>,
     /// Where every byte goes, too, unchanged. A file that cannot be written any more is given up
-    /// ([`ConsoleHandle::problem`]).
+    /// ([`ConsoleHandle::problems`]).
     pub log: Option<File>,
 }
 
@@ -110,6 +111,7 @@ impl ConsoleLog {
             booted_ms: None,
             panic: None,
             end: None,
+            program_status: None,
             events: VecDeque::new(),
             event: event.try_clone()?,
             log: options.log.map(BufWriter::new),
@@ -208,6 +210,12 @@ impl ConsoleHandle {
         locked(&self.shared).end
     }
 
+    /// The status of its program that our init printed, because the machine did not take it, before it switched off; see
+    /// [`initramfs`].
+    pub fn program_status(&self) -> Option<u8> {
+        locked(&self.shared).program_status
+    }
+
     /// What was lost, in words for the report: the log could not be written, or tests were too many.
     pub fn problems(&self) -> Vec<String> {
         let heard = locked(&self.shared);
@@ -253,6 +261,7 @@ struct Heard {
     booted_ms: Option<u64>,
     panic: Option<String>,
     end: Option<KernelEnd>,
+    program_status: Option<u8>,
     events: VecDeque<ConsoleEvent>,
     event: EventFd,
     log: Option<BufWriter<File>>,
@@ -329,6 +338,7 @@ impl Heard {
             self.tell(ConsoleEvent::Panic { text: text.to_owned() });
         }
         self.end = kernel::end(message).or(self.end);
+        self.program_status = initramfs::exit_line(&line.text).or(self.program_status);
         self.tap.line(&line.text, line.at_ms);
         self.tell_tests();
         self.keep(line);

@@ -129,6 +129,15 @@ fn the_kernels_own_words() {
 }
 
 #[test]
+fn the_status_that_init_printed() {
+    let (mut log, handle) = listening(&[]);
+    log.write_all(b"trapline-init: exit 3").unwrap();
+    assert_eq!(handle.program_status(), None, "the line may go on");
+    log.write_all(b"9\r\n[    9.123456] reboot: Power down\r\n").unwrap();
+    assert_eq!((handle.program_status(), handle.kernel_end()), (Some(39), Some(KernelEnd::PowerOff)));
+}
+
+#[test]
 fn tests_are_told_as_they_come() {
     let (mut log, handle) = listening(&[]);
     log.write_all(b"TAP version 13\r\n1..2\r\nok 1 a\r\n").unwrap();

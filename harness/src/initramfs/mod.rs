@@ -22,7 +22,8 @@
 //!
 //! The status goes out by port 0xf4; by the same register in memory ([`EXIT_PAGE`](trapline_vmm::boot::layout::EXIT_PAGE))
 //! where the kernel or the processor refuses the port; and where neither is to be had as the console's last line before
-//! the machine is switched off, for which there is [`exit_line`].
+//! the machine is switched off, for which there is [`exit_line`]. A guest that goes down in another way has failed
+//! ([`Verdict::NoStatus`](crate::Verdict::NoStatus)).
 //!
 //! Equal input gives an equal archive: names in order, no times, no inode numbers of the host.
 
@@ -47,8 +48,8 @@ pub use error::InitramfsError;
 use program::Executable;
 
 /// The kernel command line for a guest whose user gives none: the console is on the port that we show, and a kernel that
-/// panics ends the run at once by a triple fault, which is no way to pass.
-pub const CMDLINE: &str = "console=ttyS0 panic=-1 reboot=t";
+/// panics ends the run at once.
+pub const CMDLINE: &str = "console=ttyS0 panic=-1";
 
 /// Where init finds its orders; see `guest-images/init/init.c`.
 const COMMAND: &str = "lib/trapline/command";
@@ -66,6 +67,7 @@ pub struct Initramfs {
     modules: usize,
     origin: String,
     notes: Vec<String>,
+    tells_status: bool,
 }
 
 impl Initramfs {
@@ -165,13 +167,19 @@ impl Initramfs {
     }
 
     fn new(origin: String) -> Self {
-        Self { archive: Archive::default(), modules: 0, origin, notes: Vec::new() }
+        Self { archive: Archive::default(), modules: 0, origin, notes: Vec::new(), tells_status: false }
+    }
+
+    /// Whether its init is ours: such a guest ends with a status.
+    pub fn tells_status(&self) -> bool {
+        self.tells_status
     }
 
     /// Makes our init what the kernel starts, and `program` (absolute, of the guest) what it runs.
     fn run(&mut self, program: &[u8], args: &[OsString], variables: &[Vec<u8>]) -> Result<(), InitramfsError> {
         let strings = [program, program].into_iter().chain(args.iter().map(|arg| arg.as_bytes()));
         let variables = VARIABLES.iter().map(|variable| variable.as_bytes()).chain(variables.iter().map(Vec::as_slice));
+        self.tells_status = true;
         self.archive.put(b"init", Node::bytes(trapline_guests::init().to_vec(), 0o755))?;
         self.archive.put(COMMAND.as_bytes(), Node::bytes(terminated(strings)?, 0o644))?;
         self.archive.put(ENVIRONMENT.as_bytes(), Node::bytes(terminated(variables)?, 0o644))?;

@@ -2,7 +2,85 @@
 
 use std::fmt::Write;
 
-use super::{Change, FrameKind, FrameRecord, Report, Source, TestRecord, TrapRecord};
+use super::{Change, FrameKind, FrameRecord, Outcome, Report, Source, TestRecord, TestResult, TrapRecord, VerdictKind};
+
+/// In one line, for a terminal: without what a terminal, or a reader's eye, takes for more than text.
+pub(crate) fn plain(text: &str) -> String {
+    plain_lines(text).replace('\n', " ")
+}
+
+/// The same, but lines stay lines.
+pub(super) fn plain_lines(text: &str) -> String {
+    let kept = |&char: &char| char == '\n' || char == '\t' || !char.is_control() && !is_bidi(char);
+    text.replace("\r\n", "\n").replace('\r', "\n").chars().filter(kept).collect()
+}
+
+/// What reorders the text around it (UAX 9).
+fn is_bidi(char: char) -> bool {
+    matches!(char, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// How a run ended, for a title.
+pub(super) fn kind(kind: VerdictKind) -> &'static str {
+    match kind {
+        VerdictKind::Pass => "passed",
+        VerdictKind::GuestFailed => "guest failed",
+        VerdictKind::Trap => "trap fired",
+        VerdictKind::Panic => "kernel panic",
+        VerdictKind::Timeout => "timeout",
+        VerdictKind::Died => "guest died",
+        VerdictKind::MustHit => "trap not hit",
+        VerdictKind::Killed => "ended from outside",
+    }
+}
+
+/// What came of a trap, in a word.
+pub(super) fn outcome(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Passed => "passed",
+        Outcome::Fired => "fired",
+        Outcome::Missed => "missed",
+    }
+}
+
+/// How a test went, in a word.
+pub(super) fn result(result: TestResult) -> &'static str {
+    match result {
+        TestResult::Ok => "ok",
+        TestResult::Failed => "failed",
+        TestResult::Skipped => "skipped",
+        TestResult::Todo => "todo",
+        TestResult::Missing => "missing",
+    }
+}
+
+/// `2 failed, 1 missing, 12 ok`: those that there are, the worst first. Suites are not counted beside their tests.
+pub(super) fn tally(tests: &[TestRecord]) -> String {
+    use TestResult::*;
+    let count = |wanted| tests.iter().filter(|test| test.subtests == 0 && test.result == wanted).count();
+    let counts = [Failed, Missing, Todo, Skipped, Ok].map(|wanted| (count(wanted), result(wanted)));
+    counts
+        .iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, word)| format!("{count} {word}"))
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+/// `1.234 s`, of milliseconds.
+pub(super) fn seconds(ms: u64) -> String {
+    format!("{}.{:03} s", ms / 1000, ms % 1000)
+}
+
+/// `1.234567 s`, of microseconds.
+pub(super) fn microseconds(us: u64) -> String {
+    format!("{}.{:06} s", us / 1_000_000, us % 1_000_000)
+}
+
+/// The suites and the name.
+pub(super) fn test_path(test: &TestRecord) -> String {
+    test.suite.iter().chain([&test_name(test)]).map(String::as_str).collect::<Vec<_>>().join(" / ")
+}
 
 /// `file:line`
 pub(super) fn source(source: &Source) -> String {
@@ -36,14 +114,19 @@ pub(super) fn remark(frame: &FrameRecord) -> Option<&'static str> {
     }
 }
 
+/// The function with its remark.
+pub(super) fn named(frame: &FrameRecord) -> String {
+    match remark(frame) {
+        Some(remark) => format!("{} ({remark})", function(frame)),
+        None => function(frame),
+    }
+}
+
 /// A line for each frame, as a kernel writes it, with its source line.
 pub(super) fn backtrace(frames: &[FrameRecord]) -> String {
     let mut text = String::new();
     for frame in frames {
-        let _ = write!(text, "  {}", function(frame));
-        if let Some(remark) = remark(frame) {
-            let _ = write!(text, " ({remark})");
-        }
+        let _ = write!(text, "  {}", named(frame));
         if let Some(place) = &frame.source {
             let _ = write!(text, " at {}", source(place));
         }

@@ -9,10 +9,9 @@ use trapline_vmm::debug::{Crash, VcpuId};
 use super::supervisor::Supervisor;
 use crate::Verdict;
 use crate::console::ConsoleHandle;
-use crate::initramfs;
 use crate::report::{
-    Outcome as TrapOutcome, Report, ReportTiming, SCHEMA, StopRecord, TestRecord, TestResult, TrapRecord, TrapTiming,
-    VerdictRecord,
+    Event, Outcome as TrapOutcome, Report, ReportTiming, SCHEMA, StopRecord, TestRecord, TestResult, TrapRecord,
+    TrapTiming, VerdictRecord,
 };
 
 /// What a run came to.
@@ -57,6 +56,14 @@ impl Supervisor {
         for problem in &self.lost() {
             problems.push(problem.clone());
         }
+        for mut stream in std::mem::take(&mut self.streams) {
+            let at = at.saturating_duration_since(self.began());
+            if let Some(stop) = &report.stop {
+                stream.emit(at, Event::Stop(stop));
+            }
+            stream.emit(at, Event::Verdict(&report.verdict));
+            problems.extend(stream.finish());
+        }
         report.problems = problems;
         self.write_files(&mut report);
         Outcome { verdict, report }
@@ -67,14 +74,17 @@ impl Supervisor {
         if verdict != Verdict::Pass {
             return verdict;
         }
-        // The init that we pack says so where it cannot use the exit port.
-        let last = self.console.last_line().and_then(|line| initramfs::exit_line(&line.text));
-        if let Some(status) = last.filter(|status| *status != 0 && self.guest_status.is_none()) {
-            return Verdict::GuestFailed(status.into());
-        }
         // With panic=-1 a kernel resets after its panic, as it does after a reboot that is wanted.
         if self.console.panic().is_some() {
             return Verdict::Panicked;
+        }
+        if self.tells_status && self.guest_status.is_none() {
+            // Where the init that we pack has no exit port, it prints the status and switches off.
+            match self.console.program_status() {
+                Some(0) => {}
+                Some(status) => return Verdict::GuestFailed(status.into()),
+                None => return Verdict::NoStatus,
+            }
         }
         let failed =
             |test: &&TestRecord| test.subtests == 0 && matches!(test.result, TestResult::Failed | TestResult::Missing);

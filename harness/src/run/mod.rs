@@ -53,4 +53,4 @@ pub use outputs::Outputs;
 pub use plan::{By, Plan, Planned, PlannedPoint};
 pub use prepare::{Kernel, Run};
 pub use supervisor::{Ended, Next, Supervisor};
-pub use trap::{Callback, TrapHit};
+pub use trap::{Callback, Hits, TrapHit, rule_handler};

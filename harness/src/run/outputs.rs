@@ -2,8 +2,11 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use super::RunError;
 use crate::files::{AtomicFile, WriteError};
+use crate::report::{Event, Events};
 
 /// What is to be written, and where.
 #[derive(Debug, Clone, Default)]
@@ -38,6 +41,21 @@ impl Outputs {
         [&self.junit, &self.vmcore].into_iter().flatten().try_for_each(|path| try_file(path))
     }
 
+    /// The streams of events: where they were asked for, as they come; in the report when they are complete.
+    pub(crate) fn streams(&self) -> Result<Vec<Stream>, RunError> {
+        let mut streams = Vec::new();
+        if let Some(path) = &self.events {
+            let file = File::create(path).map_err(|source| WriteError { path: path.clone(), source })?;
+            streams.push(Stream { events: Events::new(file)?, pending: None });
+        }
+        if let Some(path) = self.in_report("events.ndjson") {
+            let mut pending = AtomicFile::create(&path)?;
+            let file = pending.file().try_clone()?;
+            streams.push(Stream { events: Events::new(file)?, pending: Some(pending) });
+        }
+        Ok(streams)
+    }
+
     /// A file in the report directory.
     pub(crate) fn in_report(&self, name: &str) -> Option<PathBuf> {
         self.report.as_ref().map(|dir| dir.join(name))
@@ -49,6 +67,31 @@ impl Outputs {
         File::create(&path).map(Some).map_err(|source| WriteError { path, source })
     }
 }
+
+/// One stream of events.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    events: Events,
+    pending: Option<AtomicFile>,
+}
+
+impl Stream {
+    pub(crate) fn emit(&mut self, at: Duration, event: Event<'_>) {
+        self.events.emit(at, event);
+    }
+
+    /// Waits until all of it is written; what went wrong, in words.
+    pub(crate) fn finish(self) -> Option<String> {
+        let problem = self.events.finish(PATIENCE);
+        match (problem, self.pending) {
+            (None, Some(pending)) => pending.commit().err().map(|error| error.to_string()),
+            (problem, _) => problem,
+        }
+    }
+}
+
+/// How long the end of a run waits for a reader of events.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 fn try_file(path: &Path) -> Result<(), WriteError> {
     AtomicFile::create(path).map(drop)

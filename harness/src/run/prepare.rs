@@ -326,6 +326,7 @@ impl Run {
             may_move,
             console: heard,
             outputs: self.outputs,
+            tells_status: matches!(&self.initrd, Some(Initrd::Made(made)) if made.tells_status()),
             timeout: self.timeout,
         };
         let supervisor = Supervisor::new(&mut vm, setup)?;

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Whoever owns the VM and its event loop calls [`Supervisor::stopped`] for every stop and
-//! [`Supervisor::ready`] when [`Supervisor::fd`] is readable, and does what they say.
+//! [`Supervisor::ready`] when one of [`Supervisor::fds`] is readable, and does what they say.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
@@ -20,6 +20,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
 use trapline_vmm::Vm;
+use trapline_vmm::boot::Format;
 use trapline_vmm::coordinator::CoordinatorError;
 use trapline_vmm::debug::{Breakpoint, Crash, Stop, StopReason, VcpuId};
 use vmm_sys_util::timerfd::TimerFd;
@@ -27,13 +28,17 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::arming::Stage;
 use super::look::{self, Moment, Seen, micros};
 use super::modules::Modules;
+use super::outputs::Stream;
 use super::plan::{By, OWNER, Plan, Planned};
 use super::trap::{Callback, Counted, Counters, Fired, LOG_ROOM, Trap};
 use super::watchdog::Watchdog;
 use super::{Outputs, RunError};
 use crate::Verdict;
 use crate::console::{ConsoleEvent, ConsoleHandle};
-use crate::report::{Change, FrameRecord, HitRecord, HitTiming, Input, StopRecord, TargetRecord};
+use crate::report::{
+    Change, Event, FrameRecord, HitRecord, HitTiming, Input, ProgressState, SCHEMA, StopRecord, TargetRecord,
+    TestResult,
+};
 use crate::rules::{Action, Rule};
 use crate::symbols::{LoadedModule, Symbols};
 use crate::unwind::Unwinder;
@@ -79,6 +84,8 @@ pub(crate) struct Setup {
     pub(crate) console: ConsoleHandle,
     pub(crate) outputs: Outputs,
     pub(crate) input: Input,
+    /// The guest's init is ours, which never ends without a status.
+    pub(crate) tells_status: bool,
     pub(crate) timeout: Option<Duration>,
 }
 
@@ -103,12 +110,12 @@ pub struct Supervisor {
     /// The traps that the console's patterns belong to, in their order.
     pub(super) patterns: Vec<usize>,
     pub(super) outputs: Outputs,
+    pub(super) streams: Vec<Stream>,
     pub(super) input: Input,
+    pub(super) tells_status: bool,
     pub(super) timeout: Option<Duration>,
     pub(super) began: Instant,
     pub(super) recent: VecDeque<HitRecord>,
-    /// Logged hits that the events are to tell of.
-    pub(super) told: Vec<HitRecord>,
     /// The line of the console that ended the run.
     pub(super) console_line: Option<u64>,
     /// The vCPU that the guest's end came on.
@@ -123,7 +130,8 @@ impl Supervisor {
     /// # Errors
     /// What this host or these symbols cannot do.
     pub(crate) fn new(vm: &mut Vm, setup: Setup) -> Result<Self, RunError> {
-        let Setup { plan, records, callbacks, symbols, may_move, console, outputs, input, timeout } = setup;
+        let Setup { plan, records, callbacks, symbols, may_move, console, outputs, input, tells_status, timeout } =
+            setup;
         let (log, logged) = sync_channel(LOG_ROOM);
         let fired = Arc::new(Fired::default());
         let vcpus = vm.vcpus();
@@ -146,7 +154,9 @@ impl Supervisor {
             })
             .min();
         let patterns = sources().filter(|(_, by)| matches!(by, By::Console(_))).map(|(trap, _)| trap).collect();
+        let streams = outputs.streams()?;
         let mut supervisor = Self {
+            streams,
             traps: traps.collect(),
             modules: Modules::wanted(&plan.traps),
             patterns,
@@ -160,14 +170,14 @@ impl Supervisor {
             may_move,
             armed: BTreeSet::new(),
             timer: TimerFd::new().map_err(io::Error::from)?,
-            hangs: shortest_hang.map(|time| (Watchdog::new(vcpus), time)),
+            hangs: shortest_hang.map(|time| (Watchdog::new(vcpus, !is_linux(vm.entry().format)), time)),
             console,
             outputs,
             input,
+            tells_status,
             timeout,
             began: Instant::now(),
             recent: VecDeque::new(),
-            told: Vec::new(),
             console_line: None,
             ended_on: None,
             guest_status: None,
@@ -175,7 +185,7 @@ impl Supervisor {
         supervisor.trap_ports(vm)?;
         supervisor.begin(vm)?;
         let tick = shortest_hang.map_or(TICK, |time| Watchdog::interval(time).min(TICK));
-        if !supervisor.traps.is_empty() {
+        if supervisor.is_headless() {
             supervisor.timer.reset(tick, Some(tick)).map_err(io::Error::from)?;
         }
         Ok(supervisor)
@@ -185,6 +195,44 @@ impl Supervisor {
     pub fn begins(&mut self) {
         self.began = Instant::now();
         self.console.start(self.began);
+        let (input, plan, records) = (&self.input, &self.plan, &self.records);
+        for stream in &mut self.streams {
+            let trapline = env!("CARGO_PKG_VERSION");
+            stream.emit(Duration::ZERO, Event::Start { schema: SCHEMA, trapline, input });
+            for (trap, (planned, targets)) in plan.iter().zip(records).enumerate() {
+                stream.emit(Duration::ZERO, Event::Armed { trap, rule: &planned.rule.text, targets });
+            }
+        }
+    }
+
+    /// Whether anything is asked of it: a trap, or a file.
+    pub fn is_headless(&self) -> bool {
+        !self.plan.is_empty() || !self.outputs.is_empty()
+    }
+
+    /// How it goes so far, for a line on the terminal; `line` is the console's last.
+    pub fn progress<'a>(&self, line: &'a str) -> ProgressState<'a> {
+        let tests = self.console.tests();
+        let failed = tests.iter().filter(|test| test.result == TestResult::Failed).count();
+        ProgressState {
+            elapsed: self.began.elapsed(),
+            timeout: self.timeout,
+            hits: self.traps.iter().map(|trap| trap.counters.total()).sum(),
+            tests: (tests.len() as u64, failed as u64),
+            line,
+        }
+    }
+
+    /// The console's last line that is not blank.
+    pub fn last_line(&self) -> String {
+        self.console.last_line().map(|line| line.text).unwrap_or_default()
+    }
+
+    fn emit(&mut self, event: Event<'_>) {
+        let at = self.began.elapsed();
+        for stream in &mut self.streams {
+            stream.emit(at, event);
+        }
     }
 
     /// When that was.
@@ -301,11 +349,6 @@ impl Supervisor {
         }
     }
 
-    /// Hits that were logged since this was last asked.
-    pub fn take_told(&mut self) -> Vec<HitRecord> {
-        std::mem::take(&mut self.told)
-    }
-
     /// Puts what was logged into the report's words.
     pub(crate) fn take_logged(&mut self) {
         let logged: Vec<Counted> = self.logged.try_iter().collect();
@@ -340,8 +383,9 @@ impl Supervisor {
         if self.recent.len() == RECENT {
             self.recent.pop_front();
         }
-        self.recent.push_back(record.clone());
-        self.told.push(record);
+        let is_logged = self.traps.get(record.trap).is_some_and(|trap| trap.rule.action == Action::Log);
+        self.emit(if is_logged { Event::Log(&record) } else { Event::Hit(&record) });
+        self.recent.push_back(record);
     }
 
     /// Does what the rules of these hits want; of several the gravest decides how it goes on.
@@ -397,7 +441,21 @@ impl Supervisor {
     fn hear(&mut self, vm: &mut Vm) -> Result<Next, RunError> {
         let mut next = Next::Nothing;
         for event in self.console.events() {
-            let ConsoleEvent::Matched { pattern, number, line } = event else { continue };
+            let (pattern, number, line) = match event {
+                ConsoleEvent::Matched { pattern, number, line } => (pattern, number, line),
+                ConsoleEvent::Booted { .. } => {
+                    self.emit(Event::Boot {});
+                    continue;
+                }
+                ConsoleEvent::Panic { text } => {
+                    self.emit(Event::Panic { text: &text });
+                    continue;
+                }
+                ConsoleEvent::Test(test) => {
+                    self.emit(Event::Test(&test));
+                    continue;
+                }
+            };
             let Some((index, trap)) = self.patterns.get(pattern).and_then(|n| Some((*n, self.traps.get(*n)?.clone())))
             else {
                 continue;
@@ -554,6 +612,11 @@ impl Supervisor {
         self.arm_all(vm)?;
         Ok(Next::Go)
     }
+}
+
+/// Whether a kernel of this format unpacks itself and sets itself up as Linux does.
+fn is_linux(format: Format) -> bool {
+    matches!(format, Format::BzImage | Format::Linux64 | Format::Pvh)
 }
 
 /// Which of two ways to go on comes first.

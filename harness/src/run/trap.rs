@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{SyncSender, TrySendError};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -13,7 +13,8 @@ use trapline_vmm::debug::{Disposition, Handler, Hit, PortHandler, PortHit, Store
 use trapline_vmm::vcpu::Registers;
 
 use crate::report::Change;
-use crate::rules::{Action, Condition, Context, Register, Rule};
+use crate::rules::{Action, Condition, Context, Register, Rule, RuleError};
+use crate::symbols::Symbols;
 
 /// Most logged hits that wait for the event loop. What comes on top of them is counted and not logged.
 pub(crate) const LOG_ROOM: usize = 1 << 16;
@@ -239,6 +240,30 @@ pub(crate) fn handler(points: Vec<Point>) -> Handler {
             Disposition::Continue => all,
         })
     })
+}
+
+/// What takes the hits of one rule out of its log.
+#[derive(Debug)]
+pub struct Hits(Receiver<Counted>);
+
+impl Hits {
+    /// How many hits were logged since the last call.
+    pub fn take(&self) -> usize {
+        self.0.try_iter().count()
+    }
+}
+
+/// The handler that a run gives a breakpoint for this rule, and its log: for a VM that is driven by hand. The condition
+/// may hold no names, and an action that stops is followed by a stop of the world.
+///
+/// # Errors
+/// A name in the condition.
+pub fn rule_handler(rule: &Rule, vcpus: usize) -> Result<(Handler, Hits), RuleError> {
+    let (log, logged) = sync_channel(LOG_ROOM);
+    let condition = rule.condition.as_ref().map(|condition| condition.bind(&Symbols::none())).transpose()?;
+    let (counters, fired) = (Arc::new(Counters::new(vcpus)), Arc::default());
+    let trap = Trap { index: 0, rule: rule.clone(), counters, callback: None, log, fired };
+    Ok((handler(vec![Point::new(Arc::new(trap), condition, None)]), Hits(logged)))
 }
 
 /// The same for a port.

@@ -3,6 +3,7 @@
 //! ```text
 //! registers ──► Place ──► step ──► Place ──► step ──► .. ──► End
 //!                          │ pc has an ORC entry     orc.rs    what the kernel itself unwinds by; knows its assembly
+//!                          │  (in a file, or only in the guest: guest.rs)
 //!                          │ else call frame info    cfi.rs    .debug_frame, .eh_frame
 //!                          │ else %rbp, %rsp         chain.rs  frame pointers; function starts, leaves, calls to nowhere
 //! ```
@@ -18,6 +19,7 @@
 mod cfi;
 mod chain;
 mod code;
+mod guest;
 mod orc;
 mod place;
 mod records;
@@ -30,10 +32,11 @@ use std::sync::OnceLock;
 use trapline_vmm::vcpu::Registers;
 
 use cfi::CallFrames;
+use guest::Guest;
 use orc::{Kind, OrcTable};
 use place::Place;
 pub use records::records;
-pub use tables::{GuestOrc, Tables};
+pub use tables::Tables;
 
 use crate::symbols::{Memory, Symbols};
 
@@ -100,13 +103,14 @@ pub struct Backtrace {
 pub struct Unwinder<T = Symbols> {
     tables: T,
     orc: OnceLock<Option<OrcTable>>,
+    guest: Guest,
     call_frames: OnceLock<CallFrames>,
 }
 
 impl<T: Tables> Unwinder<T> {
     /// With the tables of one kernel.
     pub fn new(tables: T) -> Self {
-        Self { tables, orc: OnceLock::new(), call_frames: OnceLock::new() }
+        Self { tables, orc: OnceLock::new(), guest: Guest::default(), call_frames: OnceLock::new() }
     }
 
     /// The backtrace of a vCPU that has these registers, and reads this memory.
@@ -156,7 +160,7 @@ impl<T: Tables> Unwinder<T> {
             match entry.kind {
                 Kind::End => return Err(End::Complete),
                 Kind::Undefined => {}
-                _ => return orc::step(entry, place, memory),
+                Kind::Call | Kind::Registers | Kind::Iret => return orc::step(entry, place, memory),
             }
         }
         let call_frames = self.call_frames.get_or_init(|| CallFrames::read(&self.tables));
@@ -175,12 +179,17 @@ impl<T: Tables> Unwinder<T> {
     }
 
     fn orc_entry(&self, addr: u64, memory: &dyn Memory) -> Option<orc::Entry> {
+        self.orc_entry_of(addr, memory).or_else(|| {
+            let original = guest::original(&self.tables, addr, memory)?;
+            self.orc_entry_of(original, memory)
+        })
+    }
+
+    /// What ORC says of `addr`; `None` if it says nothing.
+    fn orc_entry_of(&self, addr: u64, memory: &dyn Memory) -> Option<orc::Entry> {
         let image = self.image_orc();
-        if let Some(entry) = image.and_then(|table| table.find(addr)).filter(|entry| entry.kind != Kind::Undefined) {
-            return Some(entry);
-        }
-        let guest = self.tables.guest_orc(addr, memory)?;
-        orc::find_in_guest(&guest, image.map(OrcTable::format), addr, memory)
+        let entry = image.and_then(|table| table.find(addr)).filter(|entry| entry.kind != Kind::Undefined);
+        entry.or_else(|| self.guest.entry(&self.tables, image.map(OrcTable::format), addr, memory))
     }
 }
 

@@ -5,8 +5,9 @@
 //! numbering it was made (kernels from 6.4 on have a hash in `.orc_header`, of a header file that changes for other
 //! reasons as well), but it shows: most entries are of plain calls.
 
+use super::guest::GuestOrc;
 use super::place::{Place, R10, R13, RBP, RDI, RDX, word};
-use super::{End, GuestOrc, Memory, Tables};
+use super::{End, Memory, Tables};
 
 const ENTRY: usize = 6;
 /// Entries of a module's table that are looked at to find out how it is made.

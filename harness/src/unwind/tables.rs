@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::symbols::{Memory, Symbols};
+use crate::symbols::Symbols;
 
 /// The tables and names of one kernel, at the addresses where it runs.
 pub trait Tables {
@@ -15,9 +15,14 @@ pub trait Tables {
     /// Where the function that contains `addr` begins and ends.
     fn function(&self, addr: u64) -> Option<Range<u64>>;
 
-    /// ORC tables in guest memory for `addr`: those of the module it is in, or the kernel's own if there is no file
-    /// with them.
-    fn guest_orc(&self, addr: u64, memory: &dyn Memory) -> Option<GuestOrc>;
+    /// Where a symbol of the kernel's is.
+    fn symbol(&self, name: &str) -> Option<u64>;
+
+    /// Where the `struct module` is of the module that has `addr`.
+    fn module(&self, addr: u64) -> Option<u64>;
+
+    /// Where a structure of the kernel's has a member: bytes from its start.
+    fn member(&self, structure: &str, path: &str) -> Option<u64>;
 }
 
 impl Tables for Symbols {
@@ -35,14 +40,16 @@ impl Tables for Symbols {
         Some(start..start.checked_add(found.size)?).filter(|function| function.contains(&addr))
     }
 
-    fn guest_orc(&self, addr: u64, _memory: &dyn Memory) -> Option<GuestOrc> {
-        // Names without a file, from System.map, say where the kernel has its own table.
-        self.locate(addr)?;
-        let [addresses, end, entries] =
-            ["__start_orc_unwind_ip", "__stop_orc_unwind_ip", "__start_orc_unwind"].map(|name| self.address(name));
-        let addresses = addresses?;
-        let count = u32::try_from(end?.checked_sub(addresses)? / 4).ok()?;
-        Some(GuestOrc { addresses, entries: entries?, count })
+    fn symbol(&self, name: &str) -> Option<u64> {
+        self.address(name)
+    }
+
+    fn module(&self, addr: u64) -> Option<u64> {
+        self.struct_module(addr)
+    }
+
+    fn member(&self, structure: &str, path: &str) -> Option<u64> {
+        self.field(structure, path).map(|field| field.offset)
     }
 }
 
@@ -59,18 +66,15 @@ impl<T: Tables + ?Sized> Tables for &T {
         (**self).function(addr)
     }
 
-    fn guest_orc(&self, addr: u64, memory: &dyn Memory) -> Option<GuestOrc> {
-        (**self).guest_orc(addr, memory)
+    fn symbol(&self, name: &str) -> Option<u64> {
+        (**self).symbol(name)
     }
-}
 
-/// ORC tables in guest memory: linear addresses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct GuestOrc {
-    /// Where `.orc_unwind_ip` is: a 32-bit place-relative address for each entry, sorted.
-    pub addresses: u64,
-    /// Where `.orc_unwind` is.
-    pub entries: u64,
-    /// How many.
-    pub count: u32,
+    fn module(&self, addr: u64) -> Option<u64> {
+        (**self).module(addr)
+    }
+
+    fn member(&self, structure: &str, path: &str) -> Option<u64> {
+        (**self).member(structure, path)
+    }
 }

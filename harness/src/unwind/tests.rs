@@ -1,5 +1,6 @@
 //! Made-up kernels: a few tables, a stack, and what must come of them.
 
+mod cfi;
 mod hostile;
 mod orc;
 
@@ -51,7 +52,9 @@ struct Image {
     sections: BTreeMap<&'static str, (u64, Vec<u8>)>,
     /// All of its functions are one.
     function: Range<u64>,
-    guest_orc: Option<GuestOrc>,
+    symbols: BTreeMap<String, u64>,
+    /// All that is not the kernel's own is a module's, whose `struct module` is here.
+    module: Option<u64>,
     slide: u64,
 }
 
@@ -68,8 +71,18 @@ impl Tables for Image {
         Some(self.function.clone()).filter(|function| function.contains(&addr))
     }
 
-    fn guest_orc(&self, _addr: u64, _memory: &dyn Memory) -> Option<GuestOrc> {
-        self.guest_orc
+    fn symbol(&self, name: &str) -> Option<u64> {
+        self.symbols.get(name).copied()
+    }
+
+    fn module(&self, addr: u64) -> Option<u64> {
+        self.module.filter(|_| !(TEXT..TEXT + 0x10_0000).contains(&addr))
+    }
+
+    fn member(&self, structure: &str, path: &str) -> Option<u64> {
+        let members = ["arch.orc_unwind", "arch.num_orcs", "arch.orc_unwind_ip"];
+        let at = members.iter().position(|member| structure == "module" && *member == path)?;
+        Some(0x20 + at as u64 * 8)
     }
 }
 

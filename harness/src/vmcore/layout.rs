@@ -10,6 +10,8 @@ use trapline_vmm::memory::GuestRam;
 use trapline_vmm::paging::{Extent, Half, Paging};
 use trapline_vmm::vcpu::Registers;
 
+use super::info::Info;
+
 /// Most stretches beside RAM itself. ELF counts program headers in 16 bits; a guest has some thousand,
 /// but a hostile one could have as many as pages.
 const MOST_EXTENTS: usize = 60_000;
@@ -78,13 +80,9 @@ fn roots(vcpus: &[Registers], vmcoreinfo: &[u8]) -> Vec<(Paging, Half)> {
 
 /// Linux' tables without a process, from what VMCOREINFO says of them.
 fn kernel_tables(vmcoreinfo: &[u8]) -> Option<Paging> {
-    let text = String::from_utf8_lossy(vmcoreinfo);
-    let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
-    let tables = u64::from_str_radix(value("SYMBOL(swapper_pg_dir)")?, 16).ok()?;
-    let phys_base: i64 = value("NUMBER(phys_base)")?.parse().ok()?;
-    let wide = value("NUMBER(pgtable_l5_enabled)").is_some_and(|value| value != "0");
-    let cr3 = tables.checked_sub(KERNEL_MAP)?.checked_add_signed(phys_base)?;
-    Some(Paging { cr0: CR0_PE_PG, cr3, cr4: CR4_PAE | if wide { CR4_LA57 } else { 0 }, efer: EFER_LMA })
+    let info = Info(vmcoreinfo);
+    let cr3 = info.tables()?.checked_sub(KERNEL_MAP)?.checked_add_signed(info.phys_base()?)?;
+    Some(Paging { cr0: CR0_PE_PG, cr3, cr4: CR4_PAE | if info.wide() { CR4_LA57 } else { 0 }, efer: EFER_LMA })
 }
 
 /// What of `extent` is in the range of RAM `(start, length)`.
@@ -149,4 +147,19 @@ impl Stretches {
 /// `len` bytes of `extent` from `gva` on.
 fn piece(extent: Extent, gva: u64, len: u64) -> Extent {
     Extent { gva, gpa: extent.gpa + (gva - extent.gva), len }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mapping_across_the_pci_hole_is_cut_at_both_of_its_sides() {
+        const GIB: u64 = 1 << 30;
+        let extent = Extent { gva: 0xffff_8880_8000_0000, gpa: 2 * GIB, len: 3 * GIB };
+        let cut = |range| clip(extent, range).map(|piece| (piece.gva, piece.gpa, piece.len));
+        assert_eq!(cut((0, 3 * GIB)), Some((0xffff_8880_8000_0000, 2 * GIB, GIB)));
+        assert_eq!(cut((4 * GIB, 0x1000)), Some((0xffff_8881_0000_0000, 4 * GIB, 0x1000)));
+        assert_eq!((cut((0, 2 * GIB)), cut((5 * GIB, GIB))), (None, None));
+    }
 }

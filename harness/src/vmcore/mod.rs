@@ -18,11 +18,14 @@
 
 mod elf;
 mod file;
+mod info;
+mod kdump;
 mod layout;
 mod notes;
 mod ram;
 #[cfg(test)]
 mod tests;
+mod vmcoreinfo;
 
 use std::path::Path;
 
@@ -30,6 +33,7 @@ use trapline_vmm::memory::GuestRam;
 use trapline_vmm::vcpu::Registers;
 
 pub use file::CoreError;
+pub use vmcoreinfo::vmcoreinfo;
 
 /// What a core is made of.
 pub struct Core<'a> {
@@ -37,7 +41,7 @@ pub struct Core<'a> {
     pub ram: &'a GuestRam,
     /// Registers of all vCPUs, by number.
     pub vcpus: &'a [Registers],
-    /// The VMCOREINFO text, empty if the guest is not Linux.
+    /// The VMCOREINFO text, see [`vmcoreinfo()`]; empty if the guest is not Linux.
     pub vmcoreinfo: Vec<u8>,
     /// Gets each piece of RAM with its guest-physical address before it is written, and takes the
     /// debugger's own breakpoints out of it.
@@ -49,6 +53,8 @@ pub struct Core<'a> {
 pub enum Form {
     /// ELF, sparse: for gdb, drgn and crash.
     Elf,
+    /// Compressed, page by page: for drgn and crash.
+    Kdump,
 }
 
 /// Writes `core` to `path` and gives the length of the file, holes included. What was there before is
@@ -56,5 +62,6 @@ pub enum Form {
 pub fn write(core: &Core<'_>, path: &Path, form: Form) -> Result<u64, CoreError> {
     match form {
         Form::Elf => elf::write(core, path),
+        Form::Kdump => kdump::write(core, path),
     }
 }

@@ -43,8 +43,13 @@ fn push(notes: &mut Vec<u8>, name: &str, kind: u32, contents: &[u8]) {
     }
     for bytes in [&[name.as_bytes(), &[0]].concat(), contents] {
         notes.extend(bytes);
-        notes.resize(notes.len().next_multiple_of(4), 0);
+        notes.resize(padded(notes.len() as u64) as usize, 0);
     }
+}
+
+/// The room that `len` bytes of a note take.
+pub(super) fn padded(len: u64) -> u64 {
+    len.next_multiple_of(4)
 }
 
 fn prstatus(r: &Registers, pid: u32) -> [u8; PRSTATUS_SIZE] {

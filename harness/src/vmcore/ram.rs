@@ -7,7 +7,7 @@ use super::{Core, CoreError};
 
 /// How much is read at a time: large enough for few system calls, small enough for the cache.
 const CHUNK: usize = 1 << 20;
-const PAGE: usize = PAGE_SIZE as usize;
+pub(super) const PAGE: usize = PAGE_SIZE as usize;
 const ZEROS: [u8; PAGE] = [0; PAGE];
 /// Zero pages between two others that are written nevertheless: fewer and longer writes.
 const BRIDGED: usize = 15;
@@ -48,15 +48,22 @@ impl<'a> Ram<'a> {
         range.map_or(gpa, |(offset, start, _)| offset + (gpa - start))
     }
 
-    /// Calls `each` for all RAM, without breakpoints, in pieces of whole pages, until it fails.
-    pub(super) fn each_chunk(
+    /// How many pages there are.
+    pub(super) fn pages(&self) -> u64 {
+        self.core.ram.size() / PAGE_SIZE
+    }
+
+    /// Calls `each` for all RAM, without breakpoints, in pieces of `size` bytes, which is a multiple of a page's, or
+    /// what is left of a range, until it fails.
+    pub(super) fn each_piece(
         &self,
+        size: usize,
         mut each: impl FnMut(u64, &[u8]) -> Result<(), CoreError>,
     ) -> Result<(), CoreError> {
-        let mut buffer = vec![0; CHUNK];
+        let mut buffer = vec![0; size];
         for &(offset, gpa, len) in &self.ranges {
-            for at in (0..len).step_by(CHUNK) {
-                let piece = &mut buffer[..CHUNK.min((len - at) as usize)];
+            for at in (0..len).step_by(size) {
+                let piece = &mut buffer[..size.min((len - at) as usize)];
                 let got = read_physical(self.core.ram.mem(), gpa + at, piece);
                 piece[got..].fill(0);
                 (self.core.hide)(gpa + at, piece);
@@ -66,9 +73,9 @@ impl<'a> Ram<'a> {
         Ok(())
     }
 
-    /// As [`each_chunk`](Self::each_chunk), but for long runs of zeros.
+    /// Calls `each` for all RAM but for long runs of zeros.
     pub(super) fn each_run(&self, mut each: impl FnMut(Run<'_>) -> Result<(), CoreError>) -> Result<(), CoreError> {
-        self.each_chunk(|offset, chunk| {
+        self.each_piece(CHUNK, |offset, chunk| {
             runs(chunk).try_for_each(|(from, to)| each(Run { offset: offset + from as u64, bytes: &chunk[from..to] }))
         })
     }

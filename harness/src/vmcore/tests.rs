@@ -138,6 +138,59 @@ impl Elf {
     }
 }
 
+/// A compressed core, read by descriptors from the headers on.
+struct Kdump {
+    bytes: Vec<u8>,
+    frames: u64,
+    bitmap: usize,
+    descriptors: usize,
+}
+
+impl Kdump {
+    fn read(path: &Path) -> Self {
+        let bytes = fs::read(path).unwrap();
+        assert_eq!(&bytes[..8], b"KDUMP   ");
+        let mut kdump = Self { bytes, frames: 0, bitmap: 0, descriptors: 0 };
+        let half = |at| kdump.number(at, 4);
+        assert_eq!((half(8), half(424), half(428)), (6, 4, PAGE), "version, snappy, page size");
+        assert_eq!(kdump.text(12 + 4 * 65), "x86_64");
+        let (sub_header, bitmaps) = (half(432), half(436));
+        kdump.frames = kdump.number(4096 + 96, 8);
+        kdump.bitmap = ((1 + sub_header) * PAGE) as usize;
+        kdump.descriptors = ((1 + sub_header + bitmaps) * PAGE) as usize;
+        let second = kdump.bitmap + (bitmaps / 2 * PAGE) as usize;
+        let len = kdump.frames.div_ceil(8) as usize;
+        assert!(kdump.bitmap + len <= second && second + len <= kdump.descriptors);
+        assert_eq!(kdump.bytes[kdump.bitmap..][..len], kdump.bytes[second..][..len], "all that there is, is in it");
+        kdump
+    }
+
+    fn number(&self, at: usize, len: usize) -> u64 {
+        self.bytes[at..at + len].iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
+    }
+
+    fn text(&self, at: usize) -> String {
+        self.bytes[at..].iter().take_while(|byte| **byte != 0).map(|byte| char::from(*byte)).collect()
+    }
+
+    fn has(&self, frame: u64) -> bool {
+        frame < self.frames && self.bytes[self.bitmap + (frame / 8) as usize] >> (frame % 8) & 1 == 1
+    }
+
+    fn page(&self, gpa: u64) -> Option<Vec<u8>> {
+        let frame = gpa / PAGE;
+        let before = (0..frame).filter(|other| self.has(*other)).count();
+        let at = self.descriptors + 24 * before;
+        let (offset, len) = (self.number(at, 8) as usize, self.number(at + 8, 4) as usize);
+        let bytes = &self.bytes[offset..offset + len];
+        self.has(frame).then(|| match self.number(at + 12, 4) {
+            0 => bytes.to_vec(),
+            4 => snap::raw::Decoder::new().decompress_vec(bytes).unwrap(),
+            flags => panic!("flags {flags}"),
+        })
+    }
+}
+
 #[test]
 fn an_elf_core_has_ram_once_and_all_that_is_mapped() {
     let mut guest = Guest::new(8 * MIB);
@@ -309,6 +362,107 @@ fn a_core_that_cannot_be_written_leaves_what_was_there() {
     assert!(path.join("kept").exists());
 }
 
+#[test]
+fn a_compressed_core_is_read_back() {
+    let guest = Guest::new(8 * MIB);
+    guest.put(0x3000, &[7; 5000]);
+    let mut noise = 1_u32;
+    let noise: Vec<u8> = (0..PAGE)
+        .map(|_| {
+            noise = noise.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (noise >> 24) as u8
+        })
+        .collect();
+    guest.put(0x50_0000, &noise);
+    guest.put(8 * MIB - 1, &[9]);
+    let hide = |gpa: u64, bytes: &mut [u8]| {
+        if (gpa..gpa + bytes.len() as u64).contains(&0x3001) {
+            bytes[(0x3001 - gpa) as usize] = 8;
+        }
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vmcore");
+    let info = "OSRELEASE=6.1.2-x\nNUMBER(phys_base)=-4096\n";
+    let len = write(&guest.core(info, &hide), &path, Form::Kdump).unwrap();
+    let kdump = Kdump::read(&path);
+    assert_eq!(len, kdump.bytes.len() as u64);
+    assert!(len < 128 << 10, "{len} bytes for four pages and 2048 descriptors");
+    for gpa in (0..8 * MIB).step_by(4096) {
+        let mut page = vec![0; 4096];
+        guest.ram.mem().read_slice(&mut page, GuestAddress(gpa)).unwrap();
+        hide(gpa, &mut page);
+        assert_eq!(kdump.page(gpa).unwrap(), page, "{gpa:#x}");
+    }
+    assert_eq!(kdump.page(8 * MIB), None);
+    assert_eq!(kdump.text(12 + 2 * 65), "6.1.2-x");
+    assert_eq!(kdump.number(460, 4), 2, "vCPUs");
+    let sub = |n: usize| kdump.number(4096 + 8 * n, 8);
+    assert_eq!(sub(0) as i64, -4096, "phys_base");
+    assert_eq!(sub(1), 0, "no page is left out, and it is one file");
+    let from = |at: u64, len: u64| &kdump.bytes[at as usize..(at + len) as usize];
+    assert_eq!(from(sub(4), sub(5)), info.as_bytes());
+    assert_eq!(from(sub(6), sub(7)), notes::notes(&guest.vcpus, info.as_bytes()));
+    assert!(4096 + 8 * 13 <= sub(6) && (sub(6) + sub(7)) as usize <= kdump.bitmap);
+    // Without Linux there is nothing to say.
+    write(&guest.core("", &hide), &path, Form::Kdump).unwrap();
+    let kdump = Kdump::read(&path);
+    assert_eq!((kdump.number(4096 + 32, 8), kdump.number(4096 + 40, 8)), (0, 0));
+}
+
+/// ELF counts its program headers in 16 bits.
+#[test]
+fn a_guest_that_maps_pages_all_over_still_has_a_core() {
+    let mut guest = Guest::new(4 * MIB);
+    for n in 0..70_000 {
+        // No two of them are neighbours in RAM.
+        guest.map(STACKS + n * PAGE, 3 * MIB + n % 2 * 2 * PAGE, false);
+    }
+    guest.put(3 * MIB, &[5]);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vmcore");
+    write(&guest.core("", &nothing), &path, Form::Elf).unwrap();
+    let elf = Elf::read(&path);
+    assert!(elf.segments.len() > 50_000, "{}", elf.segments.len());
+    assert_eq!((elf.at_physical(3 * MIB), elf.at_linear(STACKS)), (Some(5), Some(5)));
+    // Tables that lead to themselves.
+    for index in 0..512 {
+        guest.put(guest.vcpus[0].cr3 + index * 8, &(guest.vcpus[0].cr3 | 3).to_le_bytes());
+    }
+    write(&guest.core("", &nothing), &path, Form::Elf).unwrap();
+    assert_eq!(Elf::read(&path).at_physical(3 * MIB), Some(5));
+}
+
+/// RAM from 4 GiB on comes right behind that below the PCI hole, in both forms.
+#[test]
+fn the_pci_hole_is_no_part_of_a_core() {
+    let guest = Guest::new(3072 * MIB + 4 * PAGE);
+    let high = (4 << 30) + 2 * PAGE;
+    guest.put(high + 5, &[5; 100]);
+    guest.put(3072 * MIB - 8, &[6; 8]);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vmcore");
+    write(&guest.core("", &nothing), &path, Form::Elf).unwrap();
+    let mut head = vec![0; 4096];
+    let file = fs::File::open(&path).unwrap();
+    let read = |at, into: &mut [u8]| std::os::unix::fs::FileExt::read_exact_at(&file, into, at).unwrap();
+    read(0, &mut head);
+    let word = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().unwrap());
+    let load = |n: usize, field: usize| word(64 + 56 * n + 8 * field);
+    assert_eq!([load(1, 3), load(1, 4), load(2, 3), load(2, 4)], [0, 3072 * MIB, 4 << 30, 4 * PAGE]);
+    let mut bytes = [0; 8];
+    read(load(2, 1) + 2 * PAGE, &mut bytes);
+    assert_eq!(bytes, [0, 0, 0, 0, 0, 5, 5, 5]);
+    read(load(2, 1) - 8, &mut bytes);
+    assert_eq!(bytes, [6; 8]);
+
+    write(&guest.core("", &nothing), &path, Form::Kdump).unwrap();
+    let kdump = Kdump::read(&path);
+    assert_eq!(kdump.frames, (4 << 30) / PAGE + 4);
+    assert_eq!(kdump.page(high).unwrap()[..8], [0, 0, 0, 0, 0, 5, 5, 5]);
+    assert_eq!(kdump.page(3072 * MIB - PAGE).unwrap()[4088..], [6; 8]);
+    assert_eq!((kdump.page(3072 * MIB), kdump.page(high - 4 * PAGE)), (None, None));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
@@ -328,11 +482,16 @@ proptest! {
         }
         let mut pages = BTreeMap::new();
         for (area, page, frame) in mapped {
-            // The second area lies where the direct map would go on, so that they may meet.
-            let base = [STACKS, DIRECT_MAP + 4 * MIB, IMAGE, 0xffff_ffff_ffc0_0000][area as usize];
+            // The second area goes on where the direct map ends, or takes its place with pages in any order.
+            let second = if direct { DIRECT_MAP + 4 * MIB } else { DIRECT_MAP };
+            let base = [STACKS, second, IMAGE, 0xffff_ffff_ffc0_0000][area as usize];
             let Some(gva) = base.checked_add(page * PAGE) else { continue };
             guest.map(gva, frame * PAGE, false);
             pages.insert(gva, frame * PAGE);
+        }
+        // No two frames are alike where they are probed.
+        for page in 256..1024_u64 {
+            guest.put(page * PAGE + 200, &[(page % 251) as u8]);
         }
         for (page, byte) in contents {
             guest.put(page * PAGE + u64::from(byte), &[byte | 1]);

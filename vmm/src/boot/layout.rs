@@ -73,7 +73,7 @@ pub const ACPI_END: u64 = 0x10_0000;
 /// First byte of RAM above the first MiB.
 pub const HIGH_RAM_START: u64 = 0x10_0000;
 
-/// Registers of the virtio devices, one page for each place ([`PLACES`](crate::devices::virtio::PLACES)).
+/// Registers of the virtio devices, one page for each place ([`PLACES`]).
 pub const VIRTIO: u64 = 0xD000_0000;
 
 /// I/O APIC registers, as KVM's in-kernel irqchip has them.

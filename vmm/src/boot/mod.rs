@@ -38,6 +38,8 @@ mod tests;
 use std::fmt;
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 pub use error::BootError;
 pub use image::Image;
 pub use registers::{registers, system_registers};
@@ -49,7 +51,8 @@ use crate::limits::{MAX_VCPUS, PAGE_SIZE};
 use crate::memory::{E820Entry, E820Kind, GuestRam};
 
 /// The formats of kernel that we boot, and the boot protocol that goes with each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Format {
     /// Linux bzImage, entered at its 64-bit entry point.
     BzImage,
@@ -117,7 +120,7 @@ pub struct BootRequest<'a> {
 }
 
 /// Everything the machine needs to know to let the guest run.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     /// What the kernel turned out to be.
     pub format: Format,
@@ -131,7 +134,8 @@ pub struct Entry {
 
 /// State of a vCPU before its first instruction. What is not named is as after reset, with flat segments
 /// (see [`registers`](fn@registers) and [`system_registers`]).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum CpuState {
     /// 64-bit mode at CPL 0 with the page tables at `cr3`, interrupts off.
     Long64 {

@@ -141,7 +141,8 @@ impl Handler {
         Handler(Arc::new(handler))
     }
 
-    pub(crate) fn call(&self, hit: &mut Hit<'_>) -> Disposition {
+    /// What it says to a hit: for a handler that asks another one.
+    pub fn ask(&self, hit: &mut Hit<'_>) -> Disposition {
         (self.0)(hit)
     }
 }

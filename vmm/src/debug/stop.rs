@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Breakpoint, Owner};
 
 /// A vCPU by its index, which is also its APIC ID.
@@ -140,7 +142,8 @@ pub enum Ending {
 }
 
 /// Why a guest cannot go on.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Crash {
     /// KVM_EXIT_SHUTDOWN: a triple fault. `state_lost` where KVM has already reset the vCPU (SVM).
     TripleFault {
@@ -155,6 +158,7 @@ pub enum Crash {
     /// The guest stores to a page that is read-only for a watchpoint, in a way that KVM hands over to
     /// nobody: an instruction that it cannot emulate, the frame of an exception, or on AMD any use of the
     /// page as a page table (law 66).
+    #[serde(skip)] // it is about a watchpoint, which is not the guest's
     WatchedPage {
         /// What KVM reported.
         crash: Box<Crash>,

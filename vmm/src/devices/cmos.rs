@@ -4,10 +4,13 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
+
 use super::DeviceEvent;
 use super::bus::Device;
 use crate::boot::layout;
 use crate::limits::{KIB, MIB};
+use crate::state::{Blob, BrokenState};
 
 /// Index port; the data port follows it.
 pub const PORT: u16 = 0x70;
@@ -51,6 +54,15 @@ pub struct Cmos {
     now: Box<dyn Fn() -> Duration + Send>,
 }
 
+/// The memory, without the clock.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CmosState {
+    /// The register that is selected.
+    pub index: u8,
+    /// All registers; those of the clock are not used.
+    pub memory: Blob,
+}
+
 impl std::fmt::Debug for Cmos {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Cmos").field("index", &self.index).finish()
@@ -78,6 +90,21 @@ impl Cmos {
         cmos.set(0x5b, 3, (high / (64 * KIB)).min(0xff_ffff));
         cmos.set(0x5f, 1, u64::from(cpus.saturating_sub(1)));
         cmos
+    }
+
+    /// What is in memory.
+    pub fn save(&self) -> CmosState {
+        CmosState { index: self.index, memory: Blob::new(&self.memory) }
+    }
+
+    /// Takes memory as it was saved.
+    ///
+    /// # Errors
+    /// If it is larger than there is room.
+    pub fn restore(&mut self, state: &CmosState) -> Result<(), BrokenState> {
+        self.memory = state.memory.padded().ok_or(BrokenState("CMOS memory"))?;
+        self.index = state.index & 0x7f;
+        Ok(())
     }
 
     fn set(&mut self, at: usize, len: usize, value: u64) {

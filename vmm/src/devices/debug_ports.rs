@@ -2,6 +2,8 @@
 
 use std::io::Write;
 
+use serde::{Deserialize, Serialize};
+
 use super::DeviceEvent;
 use super::bus::Device;
 use super::serial::Console;
@@ -32,8 +34,9 @@ impl Device for DebugCon {
     }
 }
 
-/// Port 0x80: keeps the last code. Linux writes to it to let some time pass.
-#[derive(Clone, Copy, Debug, Default)]
+/// Port 0x80: keeps the last code. Linux writes to it to let some time pass. This is also how it is
+/// saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PostCode {
     /// What was written last.
     pub code: u8,

@@ -1,6 +1,8 @@
 //! QEMU's firmware configuration interface as far as test kernels ask for it (QEMU, docs/specs/fw_cfg.rst): traditional
 //! port interface, no DMA.
 
+use serde::{Deserialize, Serialize};
+
 use super::DeviceEvent;
 use super::bus::Device;
 
@@ -26,14 +28,36 @@ const TRADITIONAL: u32 = 1;
 pub struct FwCfg {
     ram_size: u64,
     cpus: u16,
+    key: Option<u16>,
     item: Vec<u8>,
     next: usize,
+}
+
+/// What the guest has selected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct FwCfgState {
+    /// The item; `None` before the first.
+    pub key: Option<u16>,
+    /// Bytes of it that were read.
+    pub read: u64,
 }
 
 impl FwCfg {
     /// For a machine with `ram_size` bytes of RAM and `cpus` vCPUs.
     pub fn new(ram_size: u64, cpus: u16) -> Self {
-        Self { ram_size, cpus, item: Vec::new(), next: 0 }
+        Self { ram_size, cpus, key: None, item: Vec::new(), next: 0 }
+    }
+
+    /// What is selected.
+    pub fn save(&self) -> FwCfgState {
+        FwCfgState { key: self.key, read: self.next as u64 }
+    }
+
+    /// Selects what was selected.
+    pub fn restore(&mut self, state: &FwCfgState) {
+        self.key = state.key;
+        self.item = state.key.map_or_else(Vec::new, |key| self.item(key));
+        self.next = usize::try_from(state.read).unwrap_or(usize::MAX);
     }
 
     /// The bytes of an item; nothing for one that we do not have.
@@ -62,8 +86,7 @@ impl Device for FwCfg {
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Option<DeviceEvent> {
         if let (0, [low, high]) = (offset, data) {
-            self.item = self.item(u16::from_le_bytes([*low, *high]));
-            self.next = 0;
+            self.restore(&FwCfgState { key: Some(u16::from_le_bytes([*low, *high])), read: 0 });
         }
         None
     }

@@ -1,5 +1,7 @@
 //! A keyboard controller without keyboard or mouse: enough to answer who asks, and the reset line that PCs have on it.
 
+use serde::{Deserialize, Serialize};
+
 use super::DeviceEvent;
 use super::bus::Device;
 
@@ -22,7 +24,8 @@ const NOT_RESET: u8 = 1;
 const OUTPUT_PORT: u8 = 0x03;
 
 /// A command that is followed by a byte on the data port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 enum Expect {
     ControlByte,
     OutputPort,
@@ -30,8 +33,8 @@ enum Expect {
     Nothing,
 }
 
-/// The controller (ports 0x60 and 0x64).
-#[derive(Clone, Copy, Debug, Default)]
+/// The controller (ports 0x60 and 0x64). This is also how it is saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct I8042 {
     control: u8,
     output: Option<u8>,

@@ -22,6 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::DeviceEvent;
 use super::bus::Device;
 use crate::limits::PAGE_SIZE;
+use crate::state::{Blob, BrokenState};
 
 /// The port of the vCPU with APIC id 0; the others follow in the order of their ids.
 pub const PARK_PORT: u16 = 0x5c0;
@@ -95,6 +96,21 @@ impl Mailbox {
         let mut page = vec![0; PAGE_SIZE as usize];
         page[APIC_ID..APIC_ID + 4].copy_from_slice(&NOBODY.to_le_bytes());
         Self { page, bells }
+    }
+
+    /// The page.
+    pub fn save(&self) -> Blob {
+        Blob::new(&self.page)
+    }
+
+    /// Takes the page as it was saved, and rings whom a command in it calls: that AP may wait.
+    ///
+    /// # Errors
+    /// If it is larger than a page.
+    pub fn restore(&mut self, page: &Blob) -> Result<(), BrokenState> {
+        let page = page.padded::<{ PAGE_SIZE as usize }>().ok_or(BrokenState("wakeup mailbox"))?;
+        self.write(0, &page);
+        Ok(())
     }
 }
 

@@ -19,6 +19,7 @@ use super::virtio;
 use crate::boot::layout;
 use crate::limits::PAGE_SIZE;
 use crate::memory::GuestRam;
+use crate::state::{BrokenState, DeviceState};
 
 /// The devices could not be made.
 #[derive(Debug, Error)]
@@ -44,6 +45,13 @@ pub struct Pc {
     pub com1: Shared<Serial>,
     /// The last code that the guest wrote to port 0x80.
     pub post: Shared<PostCode>,
+    cmos: Shared<Cmos>,
+    keyboard: Shared<I8042>,
+    power: Shared<PowerManagement>,
+    config: Shared<FwCfg>,
+    mailbox: Shared<Mailbox>,
+    port_a: Shared<PortA>,
+    reset: Shared<ResetControl>,
 }
 
 impl Pc {
@@ -55,22 +63,23 @@ impl Pc {
         let com1 = Shared::new(Serial::new(console.clone())?);
         let post = Shared::new(PostCode::default());
         let keyboard = Shared::new(I8042::default());
-        let clock = Cmos::new(ram.low_end(), ram.high_size(), cpus);
-        let config = FwCfg::new(ram.size(), cpus.into());
+        let cmos = Shared::new(Cmos::new(ram.low_end(), ram.high_size(), cpus));
+        let config = Shared::new(FwCfg::new(ram.size(), cpus.into()));
+        let port_a = Shared::new(PortA::default());
 
         let mut bus = Bus::new();
         bus.add_pio(COM1, serial::PORTS, &com1)?;
         bus.add_pio(POST_PORT, 1, &post)?;
         bus.add_pio_part(i8042::DATA_PORT, 1, i8042::DATA, &keyboard)?;
         bus.add_pio_part(i8042::COMMAND_PORT, 1, i8042::COMMAND, &keyboard)?;
-        bus.add_pio(cmos::PORT, cmos::PORTS, &Shared::new(clock))?;
-        bus.add_pio(PORT_A, 1, &Shared::new(PortA::default()))?;
+        bus.add_pio(cmos::PORT, cmos::PORTS, &cmos)?;
+        bus.add_pio(PORT_A, 1, &port_a)?;
         bus.add_pio(DEBUGCON_PORT, 1, &Shared::new(DebugCon(console)))?;
         let exit = Shared::new(ExitPort);
         bus.add_pio(exit::PORT, exit::PORTS, &exit)?;
         bus.add_mmio(layout::EXIT_PAGE..layout::EXIT_PAGE + PAGE_SIZE, &exit)?;
         bus.add_pio(pvpanic::PORT, 1, &Shared::new(PvPanic))?;
-        bus.add_pio(fw_cfg::PORT, fw_cfg::PORTS, &Shared::new(config))?;
+        bus.add_pio(fw_cfg::PORT, fw_cfg::PORTS, &config)?;
         let power = Shared::new(PowerManagement::default());
         bus.add_pio(pm::EVENT_PORT, pm::PORTS, &power)?;
         let reset = Shared::new(ResetControl::default());
@@ -81,12 +90,46 @@ impl Pc {
             bus.add_pio(PARK_PORT + u16::from(id), 1, &Shared::new(park))?;
         }
         let page = layout::AP_MAILBOX..layout::AP_MAILBOX + PAGE_SIZE;
-        bus.add_mmio(page, &Shared::new(Mailbox::new(bells)))?;
+        let mailbox = Shared::new(Mailbox::new(bells));
+        bus.add_mmio(page, &mailbox)?;
         for device in virtio.iter() {
             let page = device.place.address..device.place.address + PAGE_SIZE;
             bus.add_mmio(page, &Shared::new(device.registers()))?;
         }
-        Ok(Self { bus: Arc::new(bus), com1, post })
+        let bus = Arc::new(bus);
+        Ok(Self { bus, com1, post, cmos, keyboard, power, config, mailbox, port_a, reset })
+    }
+
+    /// What the devices hold. No access may be under way: every vCPU is parked.
+    pub fn save(&self) -> DeviceState {
+        DeviceState {
+            serial: self.com1.lock().save(),
+            cmos: self.cmos.lock().save(),
+            i8042: *self.keyboard.lock(),
+            power: *self.power.lock(),
+            fw_cfg: self.config.lock().save(),
+            mailbox: self.mailbox.lock().save(),
+            port_a: *self.port_a.lock(),
+            reset: *self.reset.lock(),
+            post: *self.post.lock(),
+        }
+    }
+
+    /// Puts the devices into a state that was saved. The interrupt controllers must have theirs: what is pending in a
+    /// device is raised.
+    ///
+    /// # Errors
+    /// If the state holds what no device of ours could.
+    pub fn restore(&self, state: &DeviceState) -> Result<(), BrokenState> {
+        self.cmos.lock().restore(&state.cmos)?;
+        *self.keyboard.lock() = state.i8042;
+        *self.power.lock() = state.power;
+        self.config.lock().restore(&state.fw_cfg);
+        *self.port_a.lock() = state.port_a;
+        *self.reset.lock() = state.reset;
+        *self.post.lock() = state.post;
+        self.mailbox.lock().restore(&state.mailbox)?;
+        self.com1.lock().restore(&state.serial)
     }
 }
 

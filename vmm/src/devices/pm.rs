@@ -1,6 +1,8 @@
 //! ACPI fixed hardware: the PM1a event and control registers (ACPI 6.5, 4.8.3). The machine has no events to report, so
 //! the interrupt (SCI) is never raised; what matters is that the guest can switch itself off.
 
+use serde::{Deserialize, Serialize};
+
 use super::DeviceEvent;
 use super::bus::Device;
 
@@ -27,8 +29,8 @@ const SLP_TYP_SHIFT: u32 = 10;
 const SLP_TYP_MASK: u16 = 7;
 const SLP_EN: u16 = 1 << 13;
 
-/// The PM1a registers.
-#[derive(Clone, Copy, Debug, Default)]
+/// The PM1a registers. This is also how they are saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PowerManagement {
     enable: u16,
     control: u16,

@@ -1,5 +1,7 @@
 //! The two reset registers of PC chipsets.
 
+use serde::{Deserialize, Serialize};
+
 use super::DeviceEvent;
 use super::bus::Device;
 
@@ -21,7 +23,8 @@ const A20: u8 = 1 << 1;
 
 /// Ports 0xcf8 to 0xcff: no PCI (reads give all ones), and the reset register at 0xcf9. They are one device because a
 /// 4-byte configuration address written to 0xcf8 covers 0xcf9 and must not reset anything.
-#[derive(Clone, Copy, Debug, Default)]
+/// This is also how it is saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ResetControl {
     value: u8,
 }
@@ -44,8 +47,8 @@ impl Device for ResetControl {
     }
 }
 
-/// Port 0x92: A20 (always open, the bit is only kept) and fast reset.
-#[derive(Clone, Copy, Debug)]
+/// Port 0x92: A20 (always open, the bit is only kept) and fast reset. This is also how it is saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortA {
     value: u8,
 }

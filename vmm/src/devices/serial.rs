@@ -12,13 +12,15 @@ use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use vm_superio::{Serial as Uart, Trigger, serial::NoEvents};
+use vm_superio::{Serial as Uart, SerialState as UartState, Trigger, serial::NoEvents};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::DeviceEvent;
 use super::bus::Device;
 use crate::limits::CONSOLE_INPUT_QUEUE;
+use crate::state::BrokenState;
 
 /// First I/O port of COM1.
 pub const COM1: u16 = 0x3f8;
@@ -105,13 +107,38 @@ pub struct Serial {
     polls: u32,
     room: EventFd,
     waiting: bool,
+    console: Console,
+}
+
+/// A 16550 and the input that waits for it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[allow(missing_docs)] // the chip's names
+pub struct SerialState {
+    pub baud_divisor: [u8; 2],
+    pub interrupt_enable: u8,
+    pub interrupt_identification: u8,
+    pub line_control: u8,
+    pub line_status: u8,
+    pub modem_control: u8,
+    pub modem_status: u8,
+    pub scratch: u8,
+    /// Received and not read.
+    pub fifo: Vec<u8>,
+    /// Typed and not received.
+    pub queue: Vec<u8>,
+    /// The guest has enabled the interrupt for received data..
+    pub listens: bool,
+    /// .. but perhaps only to see whether it can.
+    pub probes: bool,
+    /// Looks at the line status in a row.
+    pub polls: u32,
 }
 
 impl Serial {
     /// A port after reset that writes to `console`.
     pub fn new(console: Console) -> Result<Self, SerialError> {
         let irq = Irq(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
-        let uart = Uart::new(irq, console);
+        let uart = Uart::new(irq, console.clone());
         Ok(Self {
             fifo_size: uart.fifo_capacity(),
             uart,
@@ -121,7 +148,58 @@ impl Serial {
             polls: 0,
             room: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             waiting: false,
+            console,
         })
+    }
+
+    /// The port's registers, and the input that the guest has not read.
+    pub fn save(&self) -> SerialState {
+        let uart = self.uart.state();
+        SerialState {
+            baud_divisor: [uart.baud_divisor_low, uart.baud_divisor_high],
+            interrupt_enable: uart.interrupt_enable,
+            interrupt_identification: uart.interrupt_identification,
+            line_control: uart.line_control,
+            line_status: uart.line_status,
+            modem_control: uart.modem_control,
+            modem_status: uart.modem_status,
+            scratch: uart.scratch,
+            fifo: uart.in_buffer,
+            queue: self.queue.iter().copied().collect(),
+            listens: self.interrupts,
+            probes: self.probing,
+            polls: self.polls,
+        }
+    }
+
+    /// Takes registers and input as they were saved. An interrupt that is pending in them is raised again: its edge may
+    /// have been on the way.
+    ///
+    /// # Errors
+    /// If the input is more than there is room for, or the interrupt cannot be raised.
+    pub fn restore(&mut self, state: &SerialState) -> Result<(), BrokenState> {
+        let [baud_divisor_low, baud_divisor_high] = state.baud_divisor;
+        let uart = UartState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.fifo.clone(),
+        };
+        let broken = BrokenState("console");
+        let irq = Irq(self.uart.interrupt_evt().0.try_clone().map_err(|_| broken)?);
+        if state.queue.len() > CONSOLE_INPUT_QUEUE {
+            return Err(broken);
+        }
+        self.uart = Uart::from_state(&uart, irq, NoEvents, self.console.clone()).map_err(|_| broken)?;
+        self.queue = state.queue.iter().copied().collect();
+        (self.interrupts, self.probing, self.polls) = (state.listens, state.probes, state.polls);
+        Ok(())
     }
 
     /// The interrupt line, to be given to KVM_IRQFD as GSI [`COM1_IRQ`].

@@ -9,6 +9,7 @@ use crate::debug::{
 };
 use crate::memory::DeviceStore;
 use crate::paging::Access;
+use crate::state::VcpuState;
 
 /// Why guest code stopped running. Parsed once from `kvm_run`; everything after matches on this.
 #[derive(Debug)]
@@ -268,6 +269,16 @@ pub trait Cpu {
     /// Whether an interrupt or NMI is on its way into the guest already, which nothing holds back.
     fn has_interrupt_on_its_way(&mut self) -> io::Result<bool> {
         Ok(false)
+    }
+
+    /// Everything that the vCPU is, as the guest has it. It is parked, with nothing half-done.
+    fn save(&mut self) -> io::Result<VcpuState> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Makes it what was saved. The caller arms again afterwards (law 7). On error it is not fit to run.
+    fn restore(&mut self, _state: &VcpuState) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 
     /// Who decides about accesses to this port.

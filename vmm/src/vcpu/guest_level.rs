@@ -136,6 +136,16 @@ impl GuestLevel {
         }
     }
 
+    /// The causes of the #DB that it is owed.
+    pub(crate) fn owed(&self) -> Option<u64> {
+        self.owed
+    }
+
+    /// The guest is another one. What its KVM reports is as it was.
+    pub(crate) fn forget(&mut self) {
+        *self = GuestLevel { accesses_exit: self.accesses_exit, ..GuestLevel::default() };
+    }
+
     /// Whether it is owed one.
     pub(crate) fn is_owed(&self) -> bool {
         self.owed.is_some()

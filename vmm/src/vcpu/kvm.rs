@@ -19,6 +19,7 @@ use kvm_bindings::{
     KVM_GUESTDBG_USE_SW_BP, KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
     KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_SHADOW, Msrs, kvm_dtable, kvm_guest_debug,
     kvm_guest_debug_arch, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment, kvm_sregs, kvm_vcpu_events,
+    kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -36,6 +37,7 @@ use crate::limits::LOOK_INTERVAL;
 use crate::memory::{DeviceStore, GuestRam};
 use crate::paging::{Access, Paging, exchange_physical, read_physical, write_all_physical};
 use crate::probe::{Step, StickyStep};
+use crate::state::VcpuState;
 
 const MSR_STAR: u32 = 0xc000_0081;
 const MSR_LSTAR: u32 = 0xc000_0082;
@@ -61,7 +63,7 @@ pub type ArmHook = Arc<dyn Fn(&Arming) -> io::Result<()> + Send + Sync>;
 
 /// One vCPU on KVM.
 pub struct KvmCpu {
-    fd: SyncedFd,
+    pub(super) fd: SyncedFd,
     bus: Arc<Bus>,
     ram: GuestRam,
     arm_hook: Option<ArmHook>,
@@ -281,9 +283,19 @@ impl KvmCpu {
     fn set_fpu(&self, fpu: &Fpu) -> io::Result<()> {
         let mut area = self.fd.get_xsave()?;
         put_fpu(&mut area.region, fpu);
+        self.set_xsave(&area)
+    }
+
+    pub(super) fn set_xsave(&self, area: &kvm_xsave) -> io::Result<()> {
         // SAFETY: KVM reads more than this area only of a process that has asked for dynamic
         // features (arch_prctl ARCH_REQ_XCOMP_GUEST_PERM), which this one never does.
-        Ok(unsafe { self.fd.set_xsave(&area) }?)
+        Ok(unsafe { self.fd.set_xsave(area) }?)
+    }
+
+    /// Nothing that was known of it counts any more.
+    pub(super) fn forget(&mut self) {
+        self.fd.forget();
+        (self.trapped, self.awake, self.told) = (None, false, None);
     }
 
     fn set_msrs(&mut self, values: [u64; 4]) -> io::Result<()> {
@@ -641,6 +653,14 @@ impl Cpu for KvmCpu {
         Ok(events.interrupt.injected | events.nmi.injected != 0)
     }
 
+    fn save(&mut self) -> io::Result<VcpuState> {
+        self.read_state()
+    }
+
+    fn restore(&mut self, state: &VcpuState) -> io::Result<()> {
+        self.write_state(state)
+    }
+
     fn port_handler(&self, port: u16) -> Option<PortHandler> {
         self.bus.port_handler(port).cloned()
     }
@@ -758,7 +778,7 @@ fn same_system_registers(a: &Registers, b: &Registers) -> bool {
     of(a) == of(b)
 }
 
-fn to_segment(from: &kvm_segment) -> Segment {
+pub(super) fn to_segment(from: &kvm_segment) -> Segment {
     let bit = |value: u8, at: u32| u32::from(value & 1) << at;
     Segment {
         selector: from.selector,
@@ -776,7 +796,7 @@ fn to_segment(from: &kvm_segment) -> Segment {
     }
 }
 
-fn from_segment(from: &Segment) -> kvm_segment {
+pub(super) fn from_segment(from: &Segment) -> kvm_segment {
     let bit = |at: u32| (from.attributes >> at & 1) as u8;
     kvm_segment {
         base: from.base,

@@ -11,6 +11,7 @@ mod guest_level;
 #[cfg_attr(feature = "shuttle", allow(dead_code))]
 pub mod kick;
 mod kvm;
+mod kvm_state;
 mod over;
 pub(crate) mod protocol;
 mod raised;

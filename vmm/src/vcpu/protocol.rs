@@ -6,6 +6,7 @@
 
 use super::{Activity, Glance, Registers};
 use crate::debug::{DebugImage, Notice, Piece, RunMode, Stop, VcpuId};
+use crate::state::VcpuState;
 use crate::sync::Arc;
 
 /// From the coordinator to one vCPU thread.
@@ -30,6 +31,8 @@ pub(crate) enum Request {
     Untell,
     /// All other vCPUs are parked: step over the patch on which this one waits to be alone.
     StepOver,
+    /// Devices have stored to watched pages by themselves: tell those who watch, if it runs.
+    TellDeviceStores,
     ReadRegisters,
     WriteRegisters(Box<Registers>),
     ReadActivity,
@@ -37,6 +40,10 @@ pub(crate) enum Request {
     Glance,
     /// Translate each of these linear ranges, `(addr, len)`.
     Locate(Vec<(u64, u64)>),
+    /// Say everything that the vCPU is.
+    Save,
+    /// Be what was saved.
+    Restore(Box<VcpuState>),
     /// Disarm everything and end the thread.
     Quit,
 }
@@ -63,6 +70,7 @@ pub(crate) enum Reply {
     Done,
     Registers(Box<Registers>),
     Activity(Activity),
+    State(Box<VcpuState>),
     Glance(Glance),
     /// For each range its pieces in guest-physical memory; `None` if not all of it is mapped.
     Located(Vec<Option<Located>>),

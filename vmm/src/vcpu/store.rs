@@ -55,6 +55,19 @@ impl<C: Cpu> VcpuThread<C> {
         }
     }
 
+    /// Tells of what devices have stored on threads of their own. It is nobody's instruction: it is told
+    /// where this vCPU happens to be, which goes on from there as it would have.
+    pub(super) fn tell_device_stores(&mut self, mode: RunMode) {
+        let Ok(pc) = self.cpu.pc() else { return };
+        for DeviceStore { gpa, old, new } in self.cpu.device_stores() {
+            let mut hits = Vec::new();
+            note(&self.image, gpa, &old, &new, &mut hits);
+            if !hits.is_empty() {
+                self.triggered_elsewhere(hits, pc, mode);
+            }
+        }
+    }
+
     fn tell_stores(&mut self, hits: Vec<Found>, entry: &Entry, mode: RunMode) {
         // Without RIP nobody could tell where: the next entry fails and says why.
         let Ok(pc) = self.cpu.pc() else { return };

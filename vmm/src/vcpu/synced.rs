@@ -63,6 +63,11 @@ impl SyncedFd {
         self.general && self.system
     }
 
+    /// What was known does not count any more, nor what was to be written.
+    pub(super) fn forget(&mut self) {
+        (self.general, self.system, self.unwritten) = (false, false, false);
+    }
+
     /// Asks for whatever is not known: what follows costs no ioctl, until something changes.
     pub(super) fn refresh(&mut self) -> Result<()> {
         if !self.general {

@@ -13,6 +13,7 @@
 
 mod guest_events;
 mod patch;
+mod state;
 
 use std::io;
 use std::time::Instant;
@@ -244,6 +245,13 @@ impl<C: Cpu> VcpuThread<C> {
                 self.step_over();
                 Ok(Reply::Done)
             }
+            Request::TellDeviceStores => {
+                if let State::Running(mode) = self.state {
+                    self.settle();
+                    self.tell_device_stores(mode);
+                }
+                Ok(Reply::Done)
+            }
             Request::ReadRegisters => self.cpu.registers().map(|r| Reply::Registers(Box::new(r))),
             Request::WriteRegisters(registers) => {
                 // Writing registers drops what KVM latched for the step (law 7).
@@ -260,6 +268,8 @@ impl<C: Cpu> VcpuThread<C> {
             Request::ReadActivity => self.cpu.activity().map(Reply::Activity),
             Request::Glance => self.glance().map(Reply::Glance),
             Request::Locate(ranges) => Ok(Reply::Located(ranges.iter().map(|&range| self.locate(range)).collect())),
+            Request::Save => self.save().map(|state| Reply::State(Box::new(state))),
+            Request::Restore(state) => self.restore(&state).map(|()| Reply::Done),
             Request::Quit => {
                 let quiet = self.cpu.kick_itself(false);
                 self.cpu.arm(&Arming::OFF).and(quiet).map(|()| Reply::Done)
@@ -692,6 +702,14 @@ impl<C: Cpu> VcpuThread<C> {
         }
     }
 
+    /// As [`triggered`](Self::triggered), by what is not this vCPU's doing: a crossing that was told at
+    /// `pc` stays told.
+    pub(super) fn triggered_elsewhere(&mut self, hits: Vec<Found>, pc: u64, mode: RunMode) {
+        let told = self.told;
+        self.triggered(hits, None, pc, mode);
+        self.told = told;
+    }
+
     /// Whose trap it was, the step's own slots aside.
     fn causes(&mut self, exit: DebugExit, entry: &Entry, stopped_by_step: bool) -> Causes {
         let dr6 = exit.dr6 & !u64::from(entry.placed.mask());
@@ -739,7 +757,7 @@ impl<C: Cpu> VcpuThread<C> {
         let Some(handler) = &hit.behind.handler else { return Disposition::Stop };
         let (owner, request, vcpu) = (hit.behind.owner, hit.behind.request, self.id);
         let (stored, state) = (hit.stored.as_ref(), &mut HitState(&mut self.cpu));
-        handler.call(&mut Hit { owner, request, vcpu, pc, stored, state })
+        handler.ask(&mut Hit { owner, request, vcpu, pc, stored, state })
     }
 
     /// What the handler of a port says about an access to it.

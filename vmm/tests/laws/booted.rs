@@ -8,8 +8,9 @@ use trapline_vmm::boot::{ApStart, BootRequest, Image};
 use trapline_vmm::debug::{Breakpoint, Owner, ResumePlan, RunMode, Stop, VcpuId};
 use trapline_vmm::devices::Console;
 use trapline_vmm::limits::MIB;
+use trapline_vmm::state::{MachineState, MemorySource};
 use trapline_vmm::vcpu::Registers;
-use trapline_vmm::{Vm, VmConfig};
+use trapline_vmm::{RestoreConfig, Vm, VmConfig, VmError};
 
 use crate::clock::wait_with;
 use crate::inquest::threads;
@@ -79,6 +80,19 @@ impl Booted {
         let vm =
             Vm::boot(VmConfig { memory: 64 * MIB, boot, console: output, disks: vec![], rng: true, arm_hook }).unwrap();
         Booted { vm, image, console }
+    }
+
+    /// The machine as it is now, to be made again.
+    pub(crate) fn save(&mut self) -> Saved {
+        let state = self.vm.save();
+        let state = self.must(state);
+        let pages = self.vm.ram().ranges();
+        let read = |(start, len): (u64, u64)| {
+            let mut bytes = vec![0; len as usize];
+            assert_eq!(self.vm.read_physical(start, &mut bytes), bytes.len());
+            (start, bytes)
+        };
+        Saved { state, memory: pages.into_iter().map(read).collect(), image: self.image }
     }
 
     pub(crate) fn at(&self, label: &str) -> u64 {
@@ -206,6 +220,44 @@ impl Booted {
 
     pub(crate) fn console(&self) -> String {
         String::from_utf8_lossy(&self.console.lock().unwrap()).into_owned()
+    }
+}
+
+/// A machine that was saved, with its memory.
+#[derive(Clone)]
+pub(crate) struct Saved {
+    pub(crate) state: MachineState,
+    pub(crate) memory: Vec<(u64, Vec<u8>)>,
+    image: &'static [u8],
+}
+
+impl MemorySource for Saved {
+    fn ranges(&self) -> Vec<(u64, u64)> {
+        self.memory.iter().map(|(start, bytes)| (*start, bytes.len() as u64)).collect()
+    }
+
+    fn read(&self, gpa: u64, into: &mut [u8]) -> io::Result<()> {
+        let (start, bytes) = self.memory.iter().rfind(|(start, _)| *start <= gpa).unwrap();
+        let at = (gpa - start) as usize;
+        into.copy_from_slice(&bytes[at..at + into.len()]);
+        Ok(())
+    }
+}
+
+impl Saved {
+    /// The machine again, by way of what is written to a file.
+    pub(crate) fn restore(&self) -> Booted {
+        let state = MachineState::from_json(self.state.to_json().as_bytes()).unwrap();
+        assert!(state == self.state, "JSON changes it");
+        self.try_restore(&state).unwrap()
+    }
+
+    /// A machine in another state, with this memory.
+    pub(crate) fn try_restore(&self, state: &MachineState) -> Result<Booted, VmError> {
+        let console = Arc::new(Mutex::new(Vec::new()));
+        let output = Console::new(Lines(console.clone()));
+        let config = RestoreConfig { state, memory: self, console: output, disks: Vec::new(), arm_hook: None };
+        Ok(Booted { vm: Vm::restore(config)?, image: self.image, console })
     }
 }
 

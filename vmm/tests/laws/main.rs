@@ -24,6 +24,7 @@ mod once;
 mod over;
 mod patch;
 mod rig;
+mod saved;
 mod seeds;
 mod spy;
 mod step;
@@ -67,6 +68,7 @@ fn all() -> Vec<Law> {
         lifecycle::laws(),
         seeds::laws(),
         truth::laws(),
+        saved::laws(),
     ]
     .concat()
 }

@@ -94,6 +94,9 @@ impl Rig {
     pub(crate) fn new(begins: &[Begin]) -> Self {
         let (vm, ram) = bare_machine();
         let vm = Arc::new(vm);
+        let events = Monitor::new(0);
+        let rung = events.clone();
+        ram.on_device_store(move || rung.change(|count| *count += 1));
         let (mmio, ports) = (Shared::new(Recorder::default()), Shared::new(Recorder::default()));
         let mut bus = Bus::new();
         bus.add_mmio(fixture::MMIO..fixture::MMIO + 0x1000, &mmio).unwrap();
@@ -115,7 +118,6 @@ impl Rig {
             });
             cpus.push((cpu, kick));
         }
-        let events = Monitor::new(0);
         let notify = events.clone();
         let mut coordinator = Coordinator::new(cpus, move || notify.change(|count| *count += 1)).unwrap();
         coordinator.use_ground(Box::new(KvmGround::new(vm.clone(), ram.clone())), Offer::SLOTS);
@@ -276,6 +278,12 @@ impl Rig {
         let mut bytes = [0; 8];
         assert_eq!(read_physical(self.ram.mem(), addr, &mut bytes), 8);
         u64::from_le_bytes(bytes)
+    }
+
+    /// A device writes guest memory on a thread of its own.
+    pub(crate) fn store_as_device(&self, gpa: u64, bytes: &[u8]) -> JoinHandle<()> {
+        let (ram, bytes) = (self.ram.clone(), bytes.to_vec());
+        std::thread::spawn(move || assert!(ram.device_write(gpa, &bytes)))
     }
 
     /// Writes guest memory as the debugger does.

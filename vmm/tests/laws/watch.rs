@@ -36,6 +36,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l13_a_watch_hit_within_a_rep_does_not_end_its_crossing_by_pages),
         law!(l64_loads_are_refused_where_only_pages_serve),
         law!(l65_a_store_of_a_device_is_told_by_pages),
+        law!(l65_a_store_of_a_device_by_itself_is_told_by_pages, Kick),
         law!(l66_memory_and_registers_are_as_without_us),
         law!(l66_what_is_removed_leaves_no_page_read_only),
         law!(l66_a_change_that_fails_leaves_no_page_read_only),
@@ -403,6 +404,27 @@ fn l13_a_watch_hit_within_a_rep_does_not_end_its_crossing_by_pages() {
     assert_eq!(stored_of(&reason).addr, watch.addr);
     assert_eq!((name(rig.pc(0)), rig.registers(0).rcx), (name(exec.addr), 1));
     assert_eq!(rig.run_first(RunMode::Continue), StopReason::GuestExit(0), "the crossing was told twice");
+}
+
+/// A disk's worker stores while the guest runs and touches no device.
+fn l65_a_store_of_a_device_by_itself_is_told_by_pages() {
+    let mut rig = Rig::all(2, "hotloop").with_pages();
+    let watch = write(0x20, 4);
+    assert!(rig.write_memory(watch.addr - 2, &[1; 8]));
+    rig.set(watch).unwrap();
+    assert_eq!(rig.go(), None);
+    for n in 2..6 {
+        let store = rig.store_as_device(watch.addr - 2, &[n; 8]);
+        let stop = rig.wait();
+        store.join().unwrap();
+        let Stored { addr, old, new } = stored_of(&stop.reason).clone();
+        assert_eq!((addr, old, new), (watch.addr, vec![n - 1; 4], vec![n; 4]));
+        // Nobody's instruction: all go on, and where a breakpoint was told it is not told again.
+        assert_eq!(rig.go(), None);
+    }
+    rig.store_as_device(watch.addr + 4, &[9; 4]).join().unwrap();
+    rig.interrupt();
+    rig.assert_guest_undisturbed();
 }
 
 fn l64_loads_are_refused_where_only_pages_serve() {

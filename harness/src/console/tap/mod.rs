@@ -121,7 +121,7 @@ impl Tap {
 
     fn whole_line(&mut self, line: &str, at_ms: u64) {
         let line = line[text::log_prefix(line)..].trim_end();
-        let (column, body) = self.unwrap(line);
+        let (column, body) = self.unindent(line);
         if body.is_empty() || self.in_yaml(column, body) {
             return;
         }
@@ -146,7 +146,7 @@ impl Tap {
     }
 
     /// Takes indentation off, and each `#` that the lines of a level stand behind.
-    fn unwrap<'a>(&self, line: &'a str) -> (usize, &'a str) {
+    fn unindent<'a>(&self, line: &'a str) -> (usize, &'a str) {
         let mut column = 0;
         let mut body = line;
         loop {

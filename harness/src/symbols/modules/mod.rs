@@ -89,6 +89,8 @@ pub enum ModulesError {
 #[derive(Debug)]
 pub(super) struct Module {
     pub(super) name: Arc<str>,
+    /// Of its `struct module`.
+    address: u64,
     pub(super) table: Table,
     pub(super) dwarf: Option<Dwarf>,
     ranges: Vec<Range<u64>>,
@@ -115,6 +117,11 @@ impl Symbols {
         self.modules.iter().map(|module| &*module.name)
     }
 
+    /// Where the `struct module` is of the module whose memory has this address.
+    pub fn struct_module(&self, address: u64) -> Option<u64> {
+        self.module_at(address).map(|module| module.address)
+    }
+
     fn module(&self, loaded: &LoadedModule) -> Module {
         let file = self.kernel.file_of(loaded);
         let mut builder = Builder::default();
@@ -139,6 +146,7 @@ impl Symbols {
         let table = builder.build(&loaded.memory);
         Module {
             name: Arc::from(loaded.name.as_str()),
+            address: loaded.address,
             table,
             dwarf: file.as_ref().and_then(Dwarf::of),
             ranges: loaded.memory.clone(),

@@ -14,14 +14,17 @@ fn image() -> impl Strategy<Value = Image> {
                 (".eh_frame", (TEXT, eh_frame)),
                 (".text", (TEXT, Vec::new())),
             ]);
-            let mut guest_orc = None;
+            let mut symbols =
+                BTreeMap::from([("ftrace_caller".to_owned(), TEXT), ("ftrace_caller_end".to_owned(), STACK)]);
             if is_guest {
-                guest_orc = Some(GuestOrc { addresses: TEXT, entries: STACK, count: slide as u32 });
+                symbols.insert("__start_orc_unwind_ip".to_owned(), TEXT);
+                symbols.insert("__stop_orc_unwind_ip".to_owned(), TEXT + slide);
+                symbols.insert("__start_orc_unwind".to_owned(), STACK);
             } else {
                 sections.insert(".orc_unwind_ip", (TEXT, addresses));
                 sections.insert(".orc_unwind", (TEXT, orc));
             }
-            Image { sections, function: TEXT..TEXT + 0x800, guest_orc, slide }
+            Image { sections, function: TEXT..TEXT + 0x800, symbols, module: is_guest.then_some(STACK), slide }
         },
     )
 }
@@ -29,10 +32,10 @@ fn image() -> impl Strategy<Value = Image> {
 /// Words that are likely to be taken for something.
 fn word() -> impl Strategy<Value = u64> {
     prop_oneof![
-        TEXT..TEXT + 0x1000,
-        STACK..STACK + 0x1000,
-        (STACK / 8..STACK / 8 + 0x200).prop_map(|word| word * 8),
-        (STACK..STACK + 0x1000).prop_map(|addr| addr | 1),
+        TEXT..TEXT + 0x400,
+        STACK..STACK + 0x400,
+        (STACK / 8..STACK / 8 + 0x80).prop_map(|word| word * 8),
+        (STACK..STACK + 0x400).prop_map(|addr| addr | 1),
         any::<u64>(),
         0..0x100_u64,
         Just(u64::MAX),
@@ -45,8 +48,8 @@ proptest! {
     #[test]
     fn every_backtrace_ends_and_no_frame_comes_twice(
         image in image(),
-        text in proptest::collection::vec(prop_oneof![Just(0xe8_u8), Just(0xff), Just(0xd0), any::<u8>()], 0x1000),
-        stack in proptest::collection::vec(word(), 0x200),
+        text in proptest::collection::vec(prop_oneof![Just(0xe8_u8), Just(0xff), Just(0xd0), any::<u8>()], 0x400),
+        stack in proptest::collection::vec(word(), 0x80),
         values in proptest::collection::vec(word(), 16),
         user in any::<bool>(),
     ) {

@@ -228,19 +228,65 @@ fn a_modules_table_is_read_from_guest_memory() {
             .with(ENTRIES, entries)
             .with(module, vec![0x90; 0x40])
             .words(STACK, &[0, 0, CALLER]);
+        let module_struct = STACK + 0x800;
+        let memory = memory.words(module_struct + 0x20, &[ENTRIES, 3 | 7 << 32, ADDRESSES]);
         // With the kernel's own table, and without: then the module's shows how it is made.
         let own = kernel(format, &rows_of_caller());
-        let none = Image::default();
-        let tables = GuestOrc { addresses: ADDRESSES, entries: ENTRIES, count: 3 };
-        for image in [own, none] {
+        for image in [own, Image::default()] {
             let has_own = !image.sections.is_empty();
-            let image = Image { guest_orc: Some(tables), ..image };
+            let image = Image { module: Some(module_struct), ..image };
             let registers = Registers { rbp: 8, ..kernel_at(module + 0x10, STACK) };
             let backtrace = unwind(image, &registers, &memory);
             assert_eq!(pcs(&backtrace), [module + 0x10, CALLER], "{format:?}");
             assert_eq!(backtrace.end == End::Complete, has_own, "{format:?} {:?}", backtrace.end);
         }
     }
+}
+
+#[test]
+fn a_kernel_without_a_file_is_read_from_guest_memory() {
+    for format in FORMATS {
+        let image = kernel(format, &[&[call(0, 24)][..], &rows_of_caller()].concat());
+        let [(_, addresses), (_, entries)] = [".orc_unwind_ip", ".orc_unwind"].map(|name| image.sections[name].clone());
+        let names = [
+            ("__start_orc_unwind_ip", ADDRESSES),
+            ("__stop_orc_unwind_ip", ADDRESSES + addresses.len() as u64),
+            ("__start_orc_unwind", ENTRIES),
+        ];
+        let symbols = names.map(|(name, at)| (name.to_owned(), at)).into();
+        let image = Image { symbols, ..Image::default() };
+        let memory = memory().with(ADDRESSES, addresses).with(ENTRIES, entries).words(STACK, &[0, 0, CALLER]);
+        let backtrace = unwind(image, &kernel_at(TEXT + 0x10, STACK), &memory);
+        assert_eq!((pcs(&backtrace), backtrace.end), (vec![TEXT + 0x10, CALLER], End::Complete), "{format:?}");
+    }
+}
+
+/// The function tracer's own code, copied to a page: as deep in the stack as the original is at the same place.
+#[test]
+fn a_tracers_trampoline_is_unwound_as_what_it_is_a_copy_of() {
+    let copy = TEXT + 0x70_0000;
+    let original: Vec<u8> = (0..0x80).collect();
+    let mut copied = original.clone();
+    // A call within it leads elsewhere.
+    copied[0x30] = 0xe8;
+    let rows = [&[call(0, 8), call(0x20, 0xa8)][..], &rows_of_caller()].concat();
+    let names = [("ftrace_caller", TEXT), ("ftrace_caller_end", TEXT + 0x80)];
+    let symbols = names.map(|(name, at)| (name.to_owned(), at)).into();
+    let image = Image { symbols, ..kernel(Format::V3, &rows) };
+    let memory = Ram::default()
+        .text(TEXT + 0x80..TEXT + 0x1000, &[])
+        .with(TEXT, original)
+        .words(STACK, &[0; 20])
+        .words(STACK + 0xa0, &[CALLER]);
+    let traced = memory.clone().with(copy, copied.clone());
+    let backtrace = unwind(&image, &kernel_at(copy + 0x40, STACK), &traced);
+    assert_eq!((pcs(&backtrace), backtrace.end), (vec![copy + 0x40, CALLER], End::Complete));
+    // Behind its end, and if it is not a copy, nothing is known.
+    copied[3] ^= 1;
+    let other = memory.with(copy, copied);
+    assert_eq!(unwind(&image, &kernel_at(copy + 0x40, STACK), &other).frames.len(), 1);
+    let longer = traced.with(copy + 0x80, vec![0x90; 0x80]);
+    assert_eq!(unwind(&image, &kernel_at(copy + 0x90, STACK), &longer).frames.len(), 1);
 }
 
 #[test]

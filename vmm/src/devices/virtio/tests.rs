@@ -256,7 +256,10 @@ fn who_breaks_the_rules_needs_a_reset() {
             driver.offer(0);
         }),
         ("an indirect table longer than the queue", |driver| {
-            driver.chain(DATA, &[(HEADER, 1, false); 17]);
+            // A request that would be served if it were shorter.
+            driver.put(HEADER, &[0; 16]);
+            let header = (0..16).map(|n| (HEADER + n, 1, false));
+            driver.chain(DATA, &header.chain([(STATUS, 1, true)]).collect::<Vec<_>>());
             driver.describe(DESCRIPTORS, 0, DATA, 17 * 16, INDIRECT, 0);
             driver.offer(0);
         }),
@@ -330,9 +333,10 @@ fn nothing_of_a_request_that_was_under_way_comes_after_a_reset() {
     driver.set(0x70, 0);
     assert_eq!(driver.get(0x70), 0);
     driver.put(DATA, &[0; 16]);
+    // It is in use again before the old request comes to its end.
+    driver.start();
     reset.done();
     assert_eq!(result.recv().unwrap(), Err(Fault::Gone));
-    driver.start();
     assert_eq!((driver.bytes(DATA, 16), driver.answers()), (vec![0; 16], 0));
     driver.offer(0);
     assert_eq!(driver.answer(), (0, 16));
