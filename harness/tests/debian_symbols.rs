@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::sync::OnceLock;
 
 use libtest_mimic::{Arguments, Trial};
-use trapline_harness::symbols::{Class, LookupError, Memory, ModulesError, Sources, Symbols};
+use trapline_harness::symbols::{Class, LookupError, Match, Memory, ModulesError, SourceLine, Sources, Symbols};
 
 fn main() -> ExitCode {
     let missing = ["vmlinux", "vmlinuz"].into_iter().any(|name| !file(name).is_file());
@@ -151,29 +151,52 @@ fn lines() {
         .collect();
     let expected = addr2line(&addresses);
     assert_eq!(expected.len(), addresses.len());
-    let (mut inlined, mut differing) = (0, Vec::new());
+    let (mut inlined, mut disputed) = (0, Vec::new());
     for (address, expected) in addresses.iter().zip(&expected) {
-        let known: Vec<_> =
-            expected.iter().filter(|(function, file, _)| function != "??" || !file.starts_with("??")).collect();
+        // Without debug information it prints the symbol's name and no file.
+        let known: Vec<_> = expected.iter().filter(|(_, file, _)| !file.starts_with("??")).collect();
         let lines = symbols.lines(*address);
         inlined += usize::from(lines.len() > 1);
-        let same = known.len() == lines.len()
-            && known.iter().zip(&lines).all(|((function, file, number), line)| {
-                let named = function == "??" || *function == line.function;
-                named && line.line == number.filter(|&line| line != 0) && same_file(file, line.file.as_deref())
-            });
-        if !same {
-            differing.push((address, known, lines));
+        assert_eq!(known.len(), lines.len(), "{address:#x}: {known:?} {lines:?}");
+        for ((function, file, number), line) in known.iter().zip(&lines) {
+            assert_eq!(*function, line.function, "{address:#x}: {known:?} {lines:?}");
+            if line.line != number.filter(|&line| line != 0) || !same_file(file, line.file.as_deref()) {
+                disputed.push((*address, lines[0].clone()));
+                break;
+            }
         }
     }
     assert!(inlined > 100, "{inlined} of {} addresses are in inlined functions", addresses.len());
-    // The two take different ones of several line entries for a few addresses.
-    assert!(differing.len() * 100 <= addresses.len(), "{} of {}: {differing:#x?}", differing.len(), addresses.len());
-    let of_the_tree = |line: &trapline_harness::symbols::SourceLine| line.file.clone();
+    // addr2line names the unit's file for functions that a macro in a header has made. gdb has the last word.
+    assert!(disputed.len() * 10 < addresses.len(), "{disputed:#x?}");
+    for ((address, line), said) in disputed.iter().zip(gdb_lines(&disputed)) {
+        let (number, file) = said.unwrap_or_else(|| panic!("gdb knows no line for {address:#x}: {line:?}"));
+        assert_eq!(line.line, Some(number), "{address:#x} {file}");
+        let name = |path: &str| path.rsplit('/').next().map(str::to_owned);
+        assert_eq!(line.file.as_deref().and_then(name), name(&file), "{address:#x}");
+    }
     let files: BTreeSet<String> =
-        addresses.iter().flat_map(|at| symbols.lines(*at)).filter_map(|line| of_the_tree(&line)).collect();
+        addresses.iter().flat_map(|at| symbols.lines(*at)).filter_map(|line| line.file).collect();
     assert!(files.iter().any(|file| file.starts_with("kernel/")), "{files:?}");
     assert!(files.iter().all(|file| !file.starts_with('/')), "{files:?}");
+}
+
+/// Line and file that gdb has for each address.
+fn gdb_lines(addresses: &[(u64, SourceLine)]) -> Vec<Option<(u32, String)>> {
+    let mut command = Command::new("gdb");
+    command.args(["-nx", "-batch"]);
+    for (address, _) in addresses {
+        command.arg("-ex").arg(format!("info line *{address:#x}"));
+    }
+    let output = command.arg(file("vmlinux")).output().expect("gdb");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines = text.lines().map(|line| {
+        let (number, rest) = line.strip_prefix("Line ")?.split_once(" of \"")?;
+        Some((number.parse().ok()?, rest.split('"').next()?.to_owned()))
+    });
+    let lines: Vec<_> = lines.collect();
+    assert_eq!(lines.len(), addresses.len(), "{text}");
+    lines
 }
 
 /// addr2line prints the path with the build directory in front.
@@ -247,12 +270,21 @@ fn refusals() {
     assert!(matches!(vmlinuz().functions("start_kernel"), Err(LookupError::Init { .. })));
     assert!(matches!(vmlinuz().variable("runqueues"), Err(LookupError::PerCpu { .. })));
     assert!(matches!(vmlinuz().variable("init_task.flags"), Err(LookupError::NoTypes { .. })));
-    // Several files have a static function of this name; each of them is found, and nothing else.
-    let mut expected: Vec<u64> = nm().iter().filter(|line| line.2 == "c_show").map(|line| line.0).collect();
+    // Each of a name's functions is found, and nothing else.
+    let mut named: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
+    let discarded = symbols.address("__init_begin").unwrap();
+    for (address, letter, name) in nm().iter().filter(|(.., name)| !name.starts_with("__pfx_")) {
+        if *letter == 't' && *address < discarded {
+            named.entry(name).or_default().push(*address);
+        }
+    }
+    let (name, mut expected) = named.into_iter().max_by_key(|(_, addresses)| addresses.len()).unwrap();
     expected.sort_unstable();
-    let found: Vec<u64> = symbols.functions("c_show").unwrap().iter().map(|found| found.address).collect();
-    assert!(found.len() > 1);
-    assert_eq!(found, expected);
+    let found = symbols.functions(name).unwrap();
+    let exact = found.iter().filter(|found| found.matched == Match::Exact);
+    let found: Vec<u64> = exact.map(|found| found.address).collect();
+    assert!(found.len() > 4, "{name}");
+    assert_eq!(found, expected, "{name}");
 }
 
 fn kallsyms() {

@@ -254,13 +254,23 @@ impl Elf {
                 Some(section) if self.relocatable => section.address,
                 _ => 0,
             };
+            let class = section.and_then(|position| classes.get(position).copied()).unwrap_or(Class::Absolute);
+            // The linker gives a symbol between two sections to the one before, wherever that is linked.
+            let own = section.and_then(|position| self.sections.get(position)).map(Section::range);
+            let outside = own.is_some_and(|own| !own.contains(&symbol.address()) && own.end != symbol.address());
+            let class = match class {
+                Class::PerCpu if outside && !self.relocatable => {
+                    self.class_at(symbol.address(), &init).unwrap_or(Class::Data)
+                }
+                class => class,
+            };
             let Ok(name) = symbol.name() else { continue };
             with(&Raw {
                 name,
                 address: symbol.address().wrapping_add(base),
                 size: symbol.size(),
                 kind,
-                class: section.and_then(|position| classes.get(position).copied()).unwrap_or(Class::Absolute),
+                class,
                 global: !symbol.is_local(),
             });
         }
