@@ -156,10 +156,8 @@ impl Bundle {
             return format!("a machine of {} vCPUs without a report", self.state.vcpus.len());
         };
         let mut line = report.verdict.text.clone();
-        if let Some(stop) = &report.stop {
-            line += &stop.vcpu.map_or(String::new(), |vcpu| format!("; vCPU {vcpu}"));
-            line += &stop.at.as_ref().map_or(String::new(), |at| format!(" at {at}"));
-            line += &stop.source.as_ref().map_or(String::new(), |source| format!(", {}:{}", source.file, source.line));
+        if let Some(source) = report.stop.as_ref().and_then(|stop| stop.source.as_ref()) {
+            line += &format!(", {}:{}", source.file, source.line);
         }
         one_line(&line)
     }
