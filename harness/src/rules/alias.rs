@@ -134,7 +134,7 @@ impl Alias {
             }
             // lib/list_debug.c: with CONFIG_DEBUG_LIST its functions see every list, not only corrupt ones.
             Alias::ListCorruption => {
-                const { &[says("a corrupt list", r"\blist_(add|del) (corruption|double add)|\blist_(add|del) corruption")] }
+                const { &[says("a corrupt list", r"\blist_(add|del) (corruption|double add)")] }
             }
             Alias::StackProtector => const { &[of("an overwritten stack canary", &["__stack_chk_fail"])] },
             // lib/refcount.c, since 5.6.

@@ -298,6 +298,7 @@ impl<'a> Reader<'a> {
                 once("if", span, seen)?;
                 let allowed = Allowed {
                     values: matches!(rule.what, What::Write(_) | What::Access(_) | What::Io(_)),
+                    before: !matches!(rule.what, What::Io(_)),
                     returned: matches!(rule.what, What::Return(_)),
                 };
                 if matches!(rule.what, What::Hang(_) | What::Console(_) | What::TripleFault) {

@@ -9,8 +9,10 @@ use super::{Binary, Form, Kind, MAX_HEIGHT, MAX_NESTING, Node, Operand, Unary};
 /// Which words have a meaning here, by what the rule watches for.
 #[derive(Debug, Clone, Copy)]
 pub(in super::super) struct Allowed {
-    /// `old` and `new`: watches.
+    /// `new`: watches and ports.
     pub(in super::super) values: bool,
+    /// `old`: watches.
+    pub(in super::super) before: bool,
     /// `$ret`: returns.
     pub(in super::super) returned: bool,
 }
@@ -251,6 +253,9 @@ impl Parser<'_, '_> {
                         "only `write:`, `access:` and `io:` rules have `{name}`; for a variable of that name write *(u32*)(&{name})"
                     ),
                 ));
+            }
+            (true, "old") if !self.allowed.before => {
+                return Err(Fault::new(span, "nothing is known of a port before its access; leave `old` out"));
             }
             (true, "old") => Node::Old,
             (true, "new") => Node::New,

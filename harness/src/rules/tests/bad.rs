@@ -114,6 +114,7 @@ fn what_follows() {
         "console:/x/ cpu=1",
         "console:/x/ if 1",
         "triple-fault if $rax",
+        "io:0x80 if old",
         "triple-fault cpu=1",
         "exec:f if $rax == 1 and $rbx == 2",
         "exec:f if a count=3 b",
