@@ -133,9 +133,7 @@ impl Alias {
                 const { &[says("a hung task", r"INFO: task .{1,64}:\d+ blocked (in I/O wait )?for more than \d+ seconds")] }
             }
             // lib/list_debug.c: with CONFIG_DEBUG_LIST its functions see every list, not only corrupt ones.
-            Alias::ListCorruption => {
-                const { &[says("a corrupt list", r"\blist_(add|del) (corruption|double add)")] }
-            }
+            Alias::ListCorruption => const { &[says("a corrupt list", r"\blist_(add|del) (corruption|double add)")] },
             Alias::StackProtector => const { &[of("an overwritten stack canary", &["__stack_chk_fail"])] },
             // lib/refcount.c, since 5.6.
             Alias::Refcount => const { &[of("a saturated reference count", &["refcount_warn_saturate"])] },
