@@ -27,6 +27,7 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use trapline_vmm::vcpu::Registers;
@@ -163,6 +164,14 @@ impl<T: Tables> Unwinder<T> {
                 Kind::Call | Kind::Registers | Kind::Iret => return orc::step(entry, place, memory),
             }
         }
+        if let Some(thunks) = self.thunks().filter(|thunks| thunks.contains(&lookup)) {
+            // Half way through a retpoline there is an address of its own on top of its caller's.
+            let mut caller = chain::leaf(place, memory)?;
+            while thunks.contains(&caller.pc) {
+                caller = chain::leaf(&caller, memory)?;
+            }
+            return Ok(caller);
+        }
         let call_frames = self.call_frames.get_or_init(|| CallFrames::read(&self.tables));
         match call_frames.step(&self.tables, lookup, place, memory) {
             Some(stepped) => stepped,
@@ -172,6 +181,11 @@ impl<T: Tables> Unwinder<T> {
                 stepped => stepped,
             },
         }
+    }
+
+    /// The code by which a kernel calls through a register, of which no table knows anything.
+    fn thunks(&self) -> Option<Range<u64>> {
+        self.tables.function(self.tables.symbol("__x86_indirect_thunk_array")?)
     }
 
     fn image_orc(&self) -> Option<&OrcTable> {

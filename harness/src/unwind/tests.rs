@@ -257,3 +257,23 @@ fn calls_are_told_from_other_instructions() {
     }
     assert!(!code::is_behind_call(&Ram::default(), 0));
 }
+
+#[test]
+fn a_retpoline_half_way_is_left_by_its_callers_address() {
+    let thunks = TEXT + 0x5000..TEXT + 0x5400;
+    let caller = TEXT + 0x1234;
+    let image = Image {
+        function: thunks.clone(),
+        symbols: BTreeMap::from([("__x86_indirect_thunk_array".to_owned(), thunks.start)]),
+        ..Image::default()
+    };
+    let inside = thunks.start + 5;
+    let ram = Ram::default().text(TEXT..TEXT + 0x8000, &[caller, inside]);
+    // Behind the thunk's own call, and before it.
+    for (pc, stack) in [(inside + 1, vec![inside, caller, 0, 0]), (thunks.start, vec![caller, 0, 0])] {
+        let memory = ram.clone().words(STACK, &stack);
+        let found = unwind(&image, &kernel_at(pc, STACK), &memory);
+        assert_eq!(pcs(&found)[..2], [pc, caller], "{found:?}");
+        assert_eq!(found.frames[1].sp, STACK + 8 * (stack.len() as u64 - 2));
+    }
+}
