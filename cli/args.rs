@@ -43,6 +43,19 @@ Exit codes:
    64  bad input, such as a symbol that is not there
    69  this host cannot serve one of them";
 
+/// What the help of `open` ends with.
+const OPEN_AFTER: &str = "\
+BUNDLE is the directory that `run --report` has written, on this host or on another one with a processor of
+the same vendor. All registers, memory and devices are as they were; breakpoints are not part of it. Time
+has stood still for the guest, but for its real-time clock. gdb may look around, step, and let it go on.
+
+Exit codes:
+    0 to 6  as those of `run`, if the guest is let go on to its end
+   64  bad input: what is no bundle, or damaged
+   69  this host cannot do it: another processor vendor or KVM, features that the guest was told of and
+       that are not here, no usable /dev/kvm, an occupied port
+  130  Ctrl-A x; with another number from 129 on, a signal ended it (128 + its number)";
+
 /// What the help of `doctor` ends with.
 const DOCTOR_AFTER: &str = "\
 Tiny guests try each mechanism; nothing is installed and nothing of this machine is changed. What they
@@ -69,6 +82,9 @@ pub(crate) enum Command {
     /// Shows what the traps of a run would become, without running it
     #[command(after_help = PLAN_AFTER)]
     Plan(Box<PlanArgs>),
+    /// Opens the report of a run: a debugger at the very instruction where it ended
+    #[command(after_help = OPEN_AFTER)]
+    Open(OpenArgs),
     /// Shows what this host's KVM can really do, as opposed to what it claims
     #[command(after_help = DOCTOR_AFTER)]
     Doctor(DoctorArgs),
@@ -194,6 +210,32 @@ impl HeadlessArgs {
         let files = [&self.report, &self.junit, &self.events, &self.vmcore];
         !self.traps.is_empty() || !self.trap_files.is_empty() || files.iter().any(|file| file.is_some())
     }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OpenArgs {
+    /// Directory of the report
+    pub(crate) bundle: PathBuf,
+
+    /// Where gdb is served: :PORT (loopback), HOST:PORT or unix:PATH
+    #[arg(long, value_name = "ADDR", default_value = ":1234")]
+    pub(crate) gdb: Address,
+
+    /// Let ADDR be reachable from other machines, without any password
+    #[arg(long)]
+    pub(crate) gdb_expose: bool,
+
+    /// Where the guest's console goes from here on: stdio, none or file:PATH
+    #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = parse_console)]
+    pub(crate) console: ConsoleTarget,
+
+    /// The guest's disks in their order, or copies of them [default: those that it had, if it could not write to any]
+    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk)]
+    pub(crate) disks: Vec<DiskConfig>,
+
+    /// End it after this time, such as 60s or 5m
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub(crate) timeout: Option<Duration>,
 }
 
 #[derive(Debug, Args)]

@@ -5,6 +5,7 @@ mod console;
 mod doctor;
 mod initrd;
 mod log;
+mod open;
 mod plan;
 mod run;
 mod stub;
@@ -17,6 +18,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use trapline_gdbstub_glue::AddressError;
 use trapline_harness::run::RunError;
+use trapline_vmm::VmError;
 use trapline_vmm::probe::ProbeError;
 
 use args::{Cli, Command};
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Run(args) => run::run(args),
         Command::Plan(args) => plan::plan(args),
+        Command::Open(args) => open::open(args),
         Command::Doctor(args) => doctor::doctor(args),
         Command::DemoGuest { output } => write_demo(output).map(|()| ExitCode::SUCCESS),
     };
@@ -74,6 +77,9 @@ fn chain(error: &anyhow::Error) -> String {
 /// Whose fault it is, decided here and once.
 fn severity(error: &anyhow::Error) -> u8 {
     if error.is::<ProbeError>() || error.is::<doctor::NotUsable>() {
+        return EX_UNAVAILABLE;
+    }
+    if error.downcast_ref::<VmError>().is_some_and(VmError::is_hosts) {
         return EX_UNAVAILABLE;
     }
     match error.downcast_ref::<RunError>() {

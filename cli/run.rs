@@ -9,11 +9,12 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use tempfile::NamedTempFile;
 use trapline_gdbstub_glue::Target;
 
@@ -32,8 +33,10 @@ use crate::stub::Stub;
 use crate::terminal::RawTerminal;
 
 /// How the loop ended.
-enum Outcome {
+pub(crate) enum Outcome {
     Over(Box<run::Outcome>),
+    /// The same where there was no supervisor.
+    Ended(Verdict),
     /// The user's key, or a signal; the number is that of the signal.
     Interrupted(i32),
 }
@@ -43,31 +46,54 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let (vm, supervisor) = prepare(args)?;
     let symbols = Symbols::of(args)?;
     let stub = args.gdb.as_ref().map(|address| Stub::listen(address, args.gdb_expose)).transpose()?;
-    let mut session = Session::new(vm, supervisor, stub, args.console == ConsoleTarget::Stdio)?;
-    let terminal = match args.console {
-        ConsoleTarget::Stdio => RawTerminal::take().context("cannot use the terminal")?,
-        _ => None,
-    };
-    // A background job that read the terminal would be stopped by SIGTTIN.
-    if matches!(args.console, ConsoleTarget::Stdio) && (terminal.is_some() || !io::stdin().is_terminal()) {
-        let serial = session.vm.serial().clone();
-        let room = serial.lock().room_event()?;
-        session.quit = Some(console::feed(serial, room, terminal.is_some())?);
-    }
-    session.announce(args, &symbols, terminal.is_some())?;
-    let outcome = session.run(args);
-    // The terminal is the user's again before anything is said.
-    drop(terminal);
-    drop(symbols);
-    Ok(match outcome? {
+    let session = Session::new(vm, stub, supervisor.timeout())?.with(supervisor, args.console == ConsoleTarget::Stdio);
+    let waits = args.wait.then_some("at its first instruction");
+    Ok(match attend(session, &args.console, &symbols, waits)? {
         Outcome::Over(outcome) => {
             // Nothing of the console's is buffered; and a vCPU that is stuck in writing to a full
             // pipe holds the lock that a flush would wait for.
             say(args, &outcome);
             ExitCode::from(outcome.exit_code())
         }
-        Outcome::Interrupted(signal) => ExitCode::from(128 + signal as u8),
+        other => other.told(),
     })
+}
+
+impl Outcome {
+    /// The exit code; a verdict in a line before.
+    pub(crate) fn told(&self) -> ExitCode {
+        let verdict = match self {
+            Outcome::Over(outcome) => &outcome.verdict,
+            Outcome::Ended(verdict) => verdict,
+            Outcome::Interrupted(signal) => return ExitCode::from(128 + *signal as u8),
+        };
+        if *verdict != Verdict::Pass {
+            eprintln!("trapline: {verdict}");
+        }
+        ExitCode::from(verdict.exit_code())
+    }
+}
+
+/// Serves a guest, its console and its debugger to the end. `waits`: where it stands until a debugger lets it go on.
+pub(crate) fn attend(
+    mut session: Session,
+    console: &ConsoleTarget,
+    symbols: &Symbols,
+    waits: Option<&str>,
+) -> anyhow::Result<Outcome> {
+    let terminal = match console {
+        ConsoleTarget::Stdio => RawTerminal::take().context("cannot use the terminal")?,
+        _ => None,
+    };
+    // A background job that read the terminal would be stopped by SIGTTIN.
+    if matches!(console, ConsoleTarget::Stdio) && (terminal.is_some() || !io::stdin().is_terminal()) {
+        let serial = session.vm.serial().clone();
+        let room = serial.lock().room_event()?;
+        session.quit = Some(console::feed(serial, room, terminal.is_some())?);
+    }
+    session.announce(symbols, waits, terminal.is_some());
+    // The terminal is the user's again before anything is said.
+    session.run(waits.is_some())
 }
 
 /// What a run came to, for a person and for the CI system that looks at what we print.
@@ -140,7 +166,7 @@ fn prepare(args: &RunArgs) -> anyhow::Result<(Vm, Supervisor)> {
 }
 
 /// Stdout without waiting for the end of a line: a guest's prompt has none.
-struct Unbuffered(io::Stdout);
+pub(crate) struct Unbuffered(pub(crate) io::Stdout);
 
 impl Write for Unbuffered {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -155,7 +181,7 @@ impl Write for Unbuffered {
 }
 
 /// Where gdb finds the symbols of what runs.
-struct Symbols {
+pub(crate) struct Symbols {
     path: String,
     /// The built-in guest has no file of its own; this one goes away with the run.
     _demo: Option<NamedTempFile>,
@@ -164,18 +190,26 @@ struct Symbols {
 impl Symbols {
     fn of(args: &RunArgs) -> anyhow::Result<Self> {
         match (args.kernel(), &args.gdb) {
-            (None, Some(_)) => {
-                let write = || -> io::Result<NamedTempFile> {
-                    let mut file = tempfile::Builder::new().prefix("trapline-demo-").suffix(".elf").tempfile()?;
-                    file.write_all(trapline_guests::demo())?;
-                    Ok(file)
-                };
-                let file = write().context("cannot write the demo guest's symbols to the temporary directory")?;
-                Ok(Self { path: file.path().display().to_string(), _demo: Some(file) })
-            }
-            (Some(path), _) if is_elf(path) => Ok(Self { path: path.display().to_string(), _demo: None }),
-            _ => Ok(Self { path: "vmlinux".to_owned(), _demo: None }),
+            (None, Some(_)) => Self::demo(),
+            (Some(path), _) if is_elf(path) => Ok(Self::at(path)),
+            _ => Ok(Self::at(Path::new("vmlinux"))),
         }
+    }
+
+    /// Those of the built-in guest.
+    pub(crate) fn demo() -> anyhow::Result<Self> {
+        let write = || -> io::Result<NamedTempFile> {
+            let mut file = tempfile::Builder::new().prefix("trapline-demo-").suffix(".elf").tempfile()?;
+            file.write_all(trapline_guests::demo())?;
+            Ok(file)
+        };
+        let file = write().context("cannot write the demo guest's symbols to the temporary directory")?;
+        Ok(Self { path: file.path().display().to_string(), _demo: Some(file) })
+    }
+
+    /// Those in a file.
+    pub(crate) fn at(path: &Path) -> Self {
+        Self { path: path.display().to_string(), _demo: None }
     }
 }
 
@@ -188,9 +222,9 @@ fn is_elf(path: &Path) -> bool {
 type End = (Verdict, Option<StopRecord>);
 
 /// Everything that the loop looks after.
-struct Session {
+pub(crate) struct Session {
     vm: Target<Vm>,
-    /// Gone once the run is over.
+    /// Gone once the run is over; a machine that was opened has none.
     supervisor: Option<Supervisor>,
     /// A trap has ended the run, and the debugger that is attached has not let the guest go on yet.
     held: Option<End>,
@@ -200,14 +234,14 @@ struct Session {
     quit: Option<EventFd>,
     timer: TimerFd,
     timeout: Option<Duration>,
-    fds: [RawFd; 2],
+    fds: Vec<RawFd>,
     signals: [(i32, UnixStream); 3],
     /// What the loop has come to, or what went wrong inside of an event handler.
     outcome: Option<anyhow::Result<Outcome>>,
 }
 
 impl Session {
-    fn new(vm: Vm, supervisor: Supervisor, stub: Option<Stub>, console_on_stdout: bool) -> anyhow::Result<Self> {
+    pub(crate) fn new(vm: Vm, stub: Option<Stub>, timeout: Option<Duration>) -> anyhow::Result<Self> {
         let listen = |signal: i32| -> io::Result<(i32, UnixStream)> {
             let (receiver, sender) = UnixStream::pair()?;
             receiver.set_nonblocking(true)?;
@@ -215,17 +249,18 @@ impl Session {
             Ok((signal, receiver))
         };
         let signals = [listen(SIGINT)?, listen(SIGTERM)?, listen(SIGHUP)?];
+        // A file that may not grow is an error of its write, and costs the file and not the run.
+        signal_hook::flag::register(SIGXFSZ, Arc::default())?;
         let mut timer = TimerFd::new().map_err(io::Error::from)?;
-        let timeout = supervisor.timeout();
         if let Some(time) = timeout {
             timer.reset(time, None).map_err(io::Error::from)?;
         }
         Ok(Self {
             vm: Target::new(vm),
-            fds: supervisor.fds(),
-            supervisor: Some(supervisor),
+            fds: Vec::new(),
+            supervisor: None,
             held: None,
-            progress: Progress::new(console_on_stdout),
+            progress: Progress::new(true),
             stub,
             quit: None,
             timer,
@@ -235,26 +270,31 @@ impl Session {
         })
     }
 
+    /// With somebody who looks after the run.
+    fn with(self, supervisor: Supervisor, console_on_stdout: bool) -> Self {
+        let fds = supervisor.fds().to_vec();
+        Self { fds, supervisor: Some(supervisor), progress: Progress::new(console_on_stdout), ..self }
+    }
+
     /// Says what a user needs to know to go on, on stderr.
-    fn announce(&self, args: &RunArgs, symbols: &Symbols, is_terminal: bool) -> anyhow::Result<()> {
+    fn announce(&self, symbols: &Symbols, waits: Option<&str>, is_terminal: bool) {
         if let Some(stub) = &self.stub {
             let command = stub.listening().to_string().replacen("gdb", &format!("gdb {}", symbols.path), 1);
             eprintln!("trapline: {command}");
-            if args.wait {
-                eprintln!("trapline: the guest stands at its first instruction until gdb continues it");
+            if let Some(place) = waits {
+                eprintln!("trapline: the guest stands {place} until gdb continues it");
             }
         }
         if is_terminal {
             eprintln!("trapline: the terminal is the guest's console; Ctrl-A x ends the run");
         }
-        Ok(())
     }
 
-    fn run(mut self, args: &RunArgs) -> anyhow::Result<Outcome> {
+    fn run(mut self, waits: bool) -> anyhow::Result<Outcome> {
         if let Some(supervisor) = &mut self.supervisor {
             supervisor.begins();
         }
-        if !args.wait {
+        if !waits {
             self.go()?;
         }
         let error = |error: event_manager::Error| anyhow!("the event loop failed: {error}");
@@ -361,6 +401,8 @@ impl Session {
         if let Some(supervisor) = self.supervisor.take() {
             let outcome = supervisor.finish(&mut self.vm, verdict, stop);
             self.outcome = Some(Ok(Outcome::Over(Box::new(outcome))));
+        } else if self.outcome.is_none() {
+            self.outcome = Some(Ok(Outcome::Ended(verdict)));
         }
         Ok(())
     }
@@ -433,7 +475,7 @@ impl MutEventSubscriber for Session {
         let quit = self.quit.as_ref().map(AsRawFd::as_raw_fd);
         let signals = self.signals.each_ref().map(|(_, stream)| stream.as_raw_fd());
         let stub = self.stub.as_ref().map(Stub::fd);
-        for fd in fixed.into_iter().chain(self.fds).chain(signals).chain(quit).chain(stub) {
+        for fd in fixed.into_iter().chain(self.fds.iter().copied()).chain(signals).chain(quit).chain(stub) {
             if let Err(error) = add(ops, fd) {
                 self.outcome = Some(Err(error));
             }

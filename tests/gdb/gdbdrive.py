@@ -25,11 +25,11 @@ WATCHED = 2.0
 
 
 class Guest:
-    """`trapline run` with the console in a file and its own lines in a list."""
+    """`trapline run`, or another verb, with the console in a file and its own lines in a list."""
 
-    def __init__(self, console, arguments):
+    def __init__(self, console, arguments, verb="run"):
         self.console_file = Path(console)
-        command = [str(TARGET / "debug" / "trapline"), "run", "--gdb", ":0", "--console", f"file:{console}", *arguments]
+        command = [str(TARGET / "debug" / "trapline"), verb, "--gdb", ":0", "--console", f"file:{console}", *arguments]
         self.lines = []
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         threading.Thread(target=self._read, daemon=True).start()
@@ -214,7 +214,7 @@ class Tally:
     """Runs tests and says how they went, in libtest's words."""
 
     def __init__(self, name):
-        self.name, self.passed, self.failed = name, 0, 0
+        self.name, self.passed, self.failed, self.ignored = name, 0, 0, 0
 
     def test(self, function, *arguments):
         started = time.monotonic()
@@ -229,8 +229,12 @@ class Tally:
         print(f"test {self.name}::{function.__name__} ... {verdict} ({time.monotonic() - started:.1f} s)", flush=True)
         return verdict == "ok"
 
+    def ignore(self, name, reason):
+        self.ignored += 1
+        print(f"test {self.name}::{name} ... ignored, {reason}", flush=True)
+
     def close(self):
         word = "ok" if self.failed == 0 else "FAILED"
-        print(f"test result: {word}. {self.passed} passed; {self.failed} failed; 0 ignored; 0 measured; 0 filtered out",
-              flush=True)
+        print(f"test result: {word}. {self.passed} passed; {self.failed} failed; {self.ignored} ignored; 0 measured; "
+              "0 filtered out", flush=True)
         sys.exit(self.failed != 0)

@@ -69,6 +69,17 @@ pub enum VmError {
     Resources(String),
 }
 
+impl VmError {
+    /// Whether it is this host that cannot, rather than what was asked that is wrong.
+    pub const fn is_hosts(&self) -> bool {
+        match self {
+            VmError::Host(_) | VmError::Resources(_) => true,
+            VmError::Restore(error) => error.is_of_this_host(),
+            VmError::Boot(_) | VmError::Memory(_) | VmError::Disk(_) => false,
+        }
+    }
+}
+
 impl From<MachineError> for VmError {
     fn from(error: MachineError) -> Self {
         match error {

@@ -21,6 +21,7 @@ use trapline_vmm::debug::{
     Owner, ResumePlan, RunMode, Stop, StopReason, Trigger, VcpuId,
 };
 use trapline_vmm::ground::Ground;
+use trapline_vmm::state::{GeneralState, VcpuState, Word};
 use trapline_vmm::vcpu::{Activity, Arming, Cpu, Exit, Raised, Registers};
 
 /// The loop: LOOP, LOOP + 1 (counts), LOOP + 2, back to LOOP.
@@ -260,6 +261,16 @@ impl Cpu for ModelCpu {
         Ok(())
     }
 
+    fn save(&mut self) -> io::Result<VcpuState> {
+        let general = GeneralState { rip: Word(self.pc), ..GeneralState::default() };
+        Ok(VcpuState { general, ..VcpuState::default() })
+    }
+
+    fn restore(&mut self, state: &VcpuState) -> io::Result<()> {
+        self.pc = state.general.rip.0;
+        Ok(())
+    }
+
     fn resumed(&mut self) {
         for _ in 0..self.probe.slow_to_resume.load(Ordering::SeqCst) {
             thread::yield_now();
@@ -394,6 +405,58 @@ fn l14_pending_stops_are_told_without_running_the_guest() {
             told.push(next.vcpu);
         }
         assert_eq!(world.executed(), before);
+    });
+}
+
+/// Put back, every vCPU is where it was saved; what happened since is told to nobody, and each crossing from there on
+/// is told once, under what is armed now.
+#[test]
+fn l70_put_back_they_are_where_they_were_and_nothing_else_is_told() {
+    check(|| {
+        let mut world = World::new(2);
+        let request = Breakpoint::exec(COUNTS);
+        assert_eq!(world.go(), None);
+        world.count_on(1);
+        world.coordinator.stop().unwrap();
+        let saved = world.coordinator.save().unwrap();
+        world.coordinator.set_breakpoint(Owner::GDB, request).unwrap();
+        assert_eq!(world.go(), None);
+        world.wait();
+        world.coordinator.restore(saved.clone(), Vec::new(), VcpuId(1)).unwrap();
+        assert_eq!(world.coordinator.take_stop(), None, "what was pending is gone");
+        assert_eq!(world.coordinator.first_resumed(), VcpuId(1));
+        assert_eq!(world.coordinator.save().unwrap(), saved);
+        let before = world.counts();
+        let mut hits = [0u64; 2];
+        for _ in 0..6 {
+            let stop = match world.go() {
+                Some(pending) => pending,
+                None => world.wait(),
+            };
+            hits[stop.vcpu.index()] += 1;
+            for (n, count) in world.counts().into_iter().enumerate() {
+                let (crossings, counted) = (hits[n], count - before[n]);
+                assert!(counted == crossings || counted + 1 == crossings, "vCPU {n}: {counted} of {crossings}");
+            }
+        }
+        assert!(world.coordinator.restore(Vec::new(), Vec::new(), VcpuId(0)).is_err());
+    });
+}
+
+/// What is still to be told goes along, and comes before anything runs.
+#[test]
+fn l69_what_was_not_told_is_told_first() {
+    check(|| {
+        let mut world = World::new(2);
+        let saved = world.coordinator.save().unwrap();
+        let panicked = Stop::new(VcpuId(1), StopReason::GuestPanic);
+        world.coordinator.restore(saved, vec![panicked.clone()], VcpuId(0)).unwrap();
+        assert_eq!(world.coordinator.stops().collect::<Vec<_>>(), [&panicked]);
+        assert_eq!(world.go(), Some(panicked));
+        assert_eq!(world.executed(), 0);
+        assert_eq!(world.coordinator.last_stopped(), VcpuId(1));
+        assert_eq!(world.go(), None);
+        assert!(world.coordinator.save().is_err(), "it runs");
     });
 }
 

@@ -133,7 +133,7 @@ fn the_status_that_init_printed() {
     let (mut log, handle) = listening(&[]);
     log.write_all(b"trapline-init: exit 3").unwrap();
     assert_eq!(handle.program_status(), None, "the line may go on");
-    log.write_all(b"9\r\n[    9.1] reboot: Power down\r\n").unwrap();
+    log.write_all(b"9\r\n[    9.123456] reboot: Power down\r\n").unwrap();
     assert_eq!((handle.program_status(), handle.kernel_end()), (Some(39), Some(KernelEnd::PowerOff)));
 }
 

@@ -300,7 +300,7 @@ impl<'a> Reader<'a> {
                     values: matches!(rule.what, What::Write(_) | What::Access(_) | What::Io(_)),
                     returned: matches!(rule.what, What::Return(_)),
                 };
-                if matches!(rule.what, What::Hang(_) | What::Console(_)) {
+                if matches!(rule.what, What::Hang(_) | What::Console(_) | What::TripleFault) {
                     let message = "a condition is about one vCPU at a trap; leave it out here";
                     return Err(Fault::new(span, message));
                 }
@@ -326,7 +326,7 @@ impl<'a> Reader<'a> {
             "cpu" => {
                 once("cpu", span, seen)?;
                 let (cpu, value) = self.value(word, "cpu=0")?;
-                if matches!(rule.what, What::Hang(_) | What::Console(_)) {
+                if matches!(rule.what, What::Hang(_) | What::Console(_) | What::TripleFault) {
                     return Err(Fault::new(
                         span,
                         "this is about the whole machine, not about one vCPU; leave cpu= out",

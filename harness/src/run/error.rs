@@ -69,7 +69,7 @@ impl RunError {
     /// Whether it is this host that cannot, rather than what was asked that is wrong.
     pub fn is_hosts(&self) -> bool {
         match self {
-            RunError::Vm(error) => matches!(error, VmError::Host(_) | VmError::Resources(_)),
+            RunError::Vm(error) => error.is_hosts(),
             RunError::Refused(_)
             | RunError::Probe(_)
             | RunError::Arm(_)

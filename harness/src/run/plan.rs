@@ -189,7 +189,17 @@ fn points(rule: &Rule, symbols: &Symbols) -> Result<Vec<PlannedPoint>, RuleError
         What::Return(name) => return_sites(name, symbols).map_err(refuse),
         What::Write(target) => watch(target, Trigger::Write, symbols).map_err(refuse),
         What::Access(target) => watch(target, Trigger::Access, symbols).map_err(refuse),
-        What::Alias(alias) => events(*alias, symbols).map_err(refuse),
+        What::Alias(alias) => {
+            let points = events(*alias, symbols).map_err(refuse)?;
+            let is_line = points.iter().any(|point| matches!(point.by, By::Console(_)));
+            // It would not be looked at.
+            if is_line && (rule.condition.is_some() || rule.cpu.is_some()) {
+                return Err(rule.refuse(format!(
+                    "`{alias}` is a line of the console, which no vCPU's state belongs to; leave `if` and cpu= out"
+                )));
+            }
+            Ok(points)
+        }
         What::TripleFault => vmm("triple fault".to_owned(), By::TripleFault),
         What::Hang(time) => vmm(format!("a vCPU without progress for {time:?}"), By::Hang(*time)),
         What::Console(pattern) => vmm("console".to_owned(), By::Console(pattern.clone())),
@@ -211,10 +221,10 @@ fn in_kernel_port(port: u16) -> Option<&'static str> {
     }
 }
 
-/// A name that is to be found once its module is there: not known yet, and no mistake as far as can be seen.
+/// A name that will be found once its module is there: the module's file has it.
 fn later(name: &Name, error: &LookupError) -> Option<Vec<PlannedPoint>> {
     let module = name.module.clone()?;
-    matches!(error, LookupError::NoSuchModule { .. })
+    matches!(error, LookupError::NotLoaded { .. })
         .then(|| vec![PlannedPoint { what: name.to_string(), by: By::Module { module } }])
 }
 
@@ -236,7 +246,13 @@ fn events(alias: Alias, symbols: &Symbols) -> Result<Vec<PlannedPoint>, String> 
                     let new: Vec<_> = new.filter(|new| points.iter().all(|had| had.by != new.by)).collect();
                     points.extend(new);
                 }
-                None => looked_for.extend(names.iter().filter(|name| !looked_for.contains(name)).collect::<Vec<_>>()),
+                None => {
+                    for name in names {
+                        if !looked_for.contains(name) {
+                            looked_for.push(name);
+                        }
+                    }
+                }
             },
         }
     }

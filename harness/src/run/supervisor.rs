@@ -20,6 +20,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
 use trapline_vmm::Vm;
+use trapline_vmm::boot::Format;
 use trapline_vmm::coordinator::CoordinatorError;
 use trapline_vmm::debug::{Breakpoint, Crash, Stop, StopReason, VcpuId};
 use vmm_sys_util::timerfd::TimerFd;
@@ -169,7 +170,7 @@ impl Supervisor {
             may_move,
             armed: BTreeSet::new(),
             timer: TimerFd::new().map_err(io::Error::from)?,
-            hangs: shortest_hang.map(|time| (Watchdog::new(vcpus), time)),
+            hangs: shortest_hang.map(|time| (Watchdog::new(vcpus, !is_linux(vm.entry().format)), time)),
             console,
             outputs,
             input,
@@ -611,6 +612,11 @@ impl Supervisor {
         self.arm_all(vm)?;
         Ok(Next::Go)
     }
+}
+
+/// Whether a kernel of this format unpacks itself and sets itself up as Linux does.
+fn is_linux(format: Format) -> bool {
+    matches!(format, Format::BzImage | Format::Linux64 | Format::Pvh)
 }
 
 /// Which of two ways to go on comes first.

@@ -9,6 +9,7 @@ use trapline_vmm::vcpu::Registers;
 
 use super::look::Seen;
 use super::supervisor::Supervisor;
+use crate::bundle::{self, WriteBundleError};
 use crate::files::{WriteError, write_atomically};
 use crate::report::Report;
 use crate::vmcore::{self, Core, CoreError, Form};
@@ -37,11 +38,22 @@ impl Supervisor {
         // Not compressed: it is what the guest's memory is taken from when the report is opened.
         if let Some(path) = self.outputs.in_report("vmcore") {
             match self.core(vm, &path, Form::Elf) {
-                Ok(()) => self.note(report, "vmcore", &path),
+                Ok(()) => {
+                    self.note(report, "vmcore", &path);
+                    problems.extend(self.state(vm, report).err().map(|error| error.to_string()));
+                }
                 Err(trouble) => problems.push(trouble.to_string()),
             }
         }
         problems
+    }
+
+    /// What makes a machine to come back to of the core.
+    fn state(&self, vm: &mut Vm, report: &mut Report) -> Result<(), WriteBundleError> {
+        let Some(dir) = &self.outputs.report else { return Ok(()) };
+        bundle::write(vm, dir)?;
+        self.note(report, "state", &dir.join(bundle::STATE));
+        Ok(())
     }
 
     fn core(&mut self, vm: &mut Vm, path: &Path, form: Form) -> Result<(), Trouble> {

@@ -140,3 +140,6 @@ fn lz4(payload: &[u8]) -> io::Result<Vec<u8>> {
     }
     Ok(unpacked)
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,8 +8,8 @@ use std::sync::{Arc, OnceLock};
 
 use object::read::elf::{ElfFile, FileHeader};
 use object::{
-    Object, ObjectKind, ObjectSection, ObjectSymbol, RelocationKind, RelocationTarget, SectionFlags, SectionIndex,
-    SymbolKind, elf,
+    Object, ObjectKind, ObjectSection, ObjectSegment, ObjectSymbol, RelocationKind, RelocationTarget, SectionFlags,
+    SectionIndex, SymbolKind, elf,
 };
 
 use super::error::SymbolsError;
@@ -118,6 +118,21 @@ impl Elf {
                 made: OnceLock::new(),
             });
         }
+        if !sections.iter().any(|section| section.alloc) {
+            sections.extend(file.segments().enumerate().map(|(number, segment)| Section {
+                name: format!("segment {number}"),
+                address: segment.address(),
+                size: segment.size(),
+                alloc: true,
+                exec: segment.permissions().executable(),
+                write: segment.permissions().writable(),
+                file: contents(false, Some(segment.file_range()), bytes.len()),
+                compressed: false,
+                // No section of the file.
+                index: SectionIndex(usize::MAX),
+                made: OnceLock::new(),
+            }));
+        }
         let relocatable = file.kind() == ObjectKind::Relocatable;
         let linux = |section: &Section| section.name == "__ksymtab" || section.name == ".init.text";
         Ok(Elf {
@@ -188,6 +203,11 @@ impl Elf {
             .find(|section| section.alloc && section.has_contents() && section.range().contains(&address))?;
         let from = usize::try_from(address.checked_sub(section.address)?).ok()?;
         self.contents(section).get(from..)
+    }
+
+    /// Whether it has what is loaded into memory, and not its debug information alone.
+    pub(super) fn has_image(&self) -> bool {
+        self.sections.iter().any(|section| section.alloc && section.exec && section.has_contents())
     }
 
     /// Whether it has a symbol table.

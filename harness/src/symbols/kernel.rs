@@ -57,8 +57,9 @@ impl Kernel {
             kernel.add_symbols(path)?;
         }
         kernel.add_installed();
-        kernel.unpack();
+        kernel.unpack()?;
         kernel.add_debug_file();
+        kernel.take_kallsyms();
         kernel.finish();
         Ok(kernel)
     }
@@ -76,10 +77,9 @@ impl Kernel {
             }
             return Ok(());
         }
-        let elf = Arc::new(Elf::parse(path, Arc::new(bytes))?);
-        self.take(&elf);
-        if !elf.has_symbols() {
-            self.take_kallsyms(path);
+        match Elf::parse(path, Arc::new(bytes)) {
+            Ok(elf) => self.take(&Arc::new(elf)),
+            Err(error) => self.nothing = Some(error.to_string()),
         }
         Ok(())
     }
@@ -127,18 +127,10 @@ impl Kernel {
                 ours: image.version.unwrap_or_default(),
             });
         }
-        let (Some(ours), Some(theirs), Some(image)) = (self.build_id.as_deref(), elf.build_id(), &self.image) else {
-            return Ok(());
-        };
-        if ours == theirs {
-            return Ok(());
+        match &self.image {
+            Some(image) if differ(elf, image) => Err(other_kernel(elf, image)),
+            _ => Ok(()),
         }
-        Err(SymbolsError::OtherKernel {
-            path: elf.path().to_owned(),
-            theirs: format!("build-id {}", hex(theirs)),
-            kernel: image.path().to_owned(),
-            ours: format!("build-id {}", hex(ours)),
-        })
     }
 
     /// Takes what `elf` has and was not had before.
@@ -150,7 +142,8 @@ impl Kernel {
         if self.dwarf.is_none() {
             self.dwarf = Dwarf::of(elf);
         }
-        if self.image.is_none() {
+        // A file with debug information only has no contents.
+        if self.image.is_none() && elf.has_image() {
             self.image = Some(Arc::clone(elf));
         }
         if self.build_id.is_none() {
@@ -182,37 +175,41 @@ impl Kernel {
     }
 
     /// Unpacks a bzImage, if no file was given that has what is in it.
-    fn unpack(&mut self) {
-        let Some((path, bytes)) = self.packed.take().filter(|_| self.image.is_none()) else { return };
-        let Some(Ok(image)) = BzImage::parse(&bytes) else { return };
+    fn unpack(&mut self) -> Result<(), SymbolsError> {
+        let Some((path, bytes)) = self.packed.take().filter(|_| self.image.is_none()) else { return Ok(()) };
+        let Some(Ok(image)) = BzImage::parse(&bytes) else { return Ok(()) };
         let unpacked = image.unpack().and_then(|unpacked| {
-            Elf::parse(&path, Arc::new(Bytes::Owned(unpacked)))
-                .map_err(|error| format!("what is in the bzImage is {error}"))
+            Elf::parse(&path, Arc::new(Bytes::Owned(unpacked))).map_err(|error| format!("in the bzImage is {error}"))
         });
-        match unpacked {
-            Err(why) => self.nothing = Some(format!("{}: {why}", path.display())),
-            Ok(elf) => {
-                self.take(&Arc::new(elf));
-                self.take_kallsyms(&path);
+        let elf = match unpacked {
+            Ok(elf) => Arc::new(elf),
+            Err(why) => {
+                self.nothing = Some(format!("{}: {why}", path.display()));
+                return Ok(());
             }
+        };
+        self.take(&elf);
+        let other = self.dwarf.as_ref().map(Dwarf::elf).filter(|debug| differ(debug, &elf));
+        match other {
+            Some(other) => Err(other_kernel(other, &elf)),
+            None => Ok(()),
         }
     }
 
     /// Reads the symbol table that the kernel carries in its data, if there is no better one.
-    fn take_kallsyms(&mut self, path: &Path) {
+    fn take_kallsyms(&mut self) {
         let Some(elf) = self.image.clone().filter(|_| self.table.is_empty()) else { return };
         let range = elf.range();
-        let places = elf.sections().iter().filter(|section| section.alloc && !section.is_code());
-        let lines = places.map(|section| (elf.contents(section), section.address));
-        match lines.into_iter().find_map(|(bytes, address)| kallsyms::find(bytes, address, &range)) {
+        let mut places = elf.sections().iter().filter(|section| section.alloc && !section.is_code());
+        match places.find_map(|section| kallsyms::find(elf.contents(section), section.address, &range)) {
             Some(lines) => {
                 self.table = system_map::table(lines.iter().map(|line| (line.0, line.1, line.2.as_str())), Some(&elf));
-                self.table_file = Some(path.to_owned());
+                self.table_file = Some(elf.path().to_owned());
             }
             None => {
                 self.nothing = Some(format!(
                     "{} is stripped, and no kallsyms were found in it: was it built with CONFIG_KALLSYMS?",
-                    path.display()
+                    elf.path().display()
                 ));
             }
         }
@@ -238,7 +235,10 @@ impl Kernel {
         let named = |name: &str| self.table.named(name).map(|entry| entry.address).next();
         self.range = match (named("_text"), named("_end")) {
             (Some(text), Some(end)) if text < end => text..end,
-            _ => self.image.as_ref().map(|image| image.range()).unwrap_or_else(|| self.table.span()),
+            _ => {
+                let elf = self.image.as_ref().or(self.dwarf.as_ref().map(Dwarf::elf));
+                elf.map_or_else(|| self.table.span(), |elf| elf.range())
+            }
         };
         let banner = named("linux_banner");
         self.fingerprint = Fingerprint::new(banner, self.image.as_deref());
@@ -294,6 +294,21 @@ impl Kernel {
 
 fn map(path: &Path) -> Result<Bytes, SymbolsError> {
     Bytes::map(path).map_err(|error| SymbolsError::open(path, error))
+}
+
+/// Whether both have a build-id, and not the same.
+fn differ(a: &Elf, b: &Elf) -> bool {
+    a.build_id().zip(b.build_id()).is_some_and(|(a, b)| a != b)
+}
+
+fn other_kernel(file: &Elf, kernel: &Elf) -> SymbolsError {
+    let id = |elf: &Elf| format!("build-id {}", hex(elf.build_id().unwrap_or_default()));
+    SymbolsError::OtherKernel {
+        path: file.path().to_owned(),
+        theirs: id(file),
+        kernel: kernel.path().to_owned(),
+        ours: id(kernel),
+    }
 }
 
 fn is_elf(bytes: &[u8]) -> bool {

@@ -43,10 +43,21 @@ impl Symbols {
     /// image, such as `.debug_frame`): `.orc_unwind`, `.rodata`, .. None if it has no contents.
     pub fn section(&self, name: &str) -> Option<(u64, &[u8])> {
         let kernel = &self.kernel;
-        let elves = kernel.image.iter().chain(kernel.dwarf.as_ref().map(Dwarf::elf));
-        let (elf, section) = elves.filter_map(|elf| Some((elf, elf.section(name)?))).next()?;
+        let mut elves = kernel.image.iter().chain(kernel.dwarf.as_ref().map(Dwarf::elf));
+        let Some((elf, section)) = elves.find_map(|elf| Some((elf, elf.section(name)?))) else {
+            return self.bounded(name);
+        };
         let address = if section.alloc { self.to_run_time(section.address) } else { 0 };
         Some((address, elf.contents(section)))
+    }
+
+    /// A section of an image without section headers, by the names that the linker script has put at its ends.
+    fn bounded(&self, name: &str) -> Option<(u64, &[u8])> {
+        let name = name.strip_prefix('.')?;
+        let start = self.address(&format!("__start_{name}"))?;
+        let end = self.address(&format!("__stop_{name}"))?;
+        let bytes = self.linked_bytes(start)?;
+        Some((start, bytes.get(..usize::try_from(end.checked_sub(start)?).ok()?)?))
     }
 
     /// What the kernel's image holds at a run-time address as linked, up to the end of the section. The running

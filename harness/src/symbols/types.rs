@@ -297,7 +297,8 @@ fn declarator<T: Types>(types: &T, id: Option<T::Id>, skipped: usize, depth: u32
         Node::Alias { name: None, qualifier, of } => {
             let pointer = of.is_some_and(|of| matches!(types.node(of), Some(Node::Pointer { .. })));
             let (before, after) = declarator(types, of, skipped, depth);
-            if qualifier.is_empty() {
+            // An array of const elements is const itself.
+            if qualifier.is_empty() || before.starts_with(&format!("{qualifier} ")) {
                 (before, after)
             } else if pointer {
                 (format!("{before} {qualifier}"), after)

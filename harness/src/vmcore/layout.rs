@@ -148,3 +148,18 @@ impl Stretches {
 fn piece(extent: Extent, gva: u64, len: u64) -> Extent {
     Extent { gva, gpa: extent.gpa + (gva - extent.gva), len }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mapping_across_the_pci_hole_is_cut_at_both_of_its_sides() {
+        const GIB: u64 = 1 << 30;
+        let extent = Extent { gva: 0xffff_8880_8000_0000, gpa: 2 * GIB, len: 3 * GIB };
+        let cut = |range| clip(extent, range).map(|piece| (piece.gva, piece.gpa, piece.len));
+        assert_eq!(cut((0, 3 * GIB)), Some((0xffff_8880_8000_0000, 2 * GIB, GIB)));
+        assert_eq!(cut((4 * GIB, 0x1000)), Some((0xffff_8881_0000_0000, 4 * GIB, 0x1000)));
+        assert_eq!((cut((0, 2 * GIB)), cut((5 * GIB, GIB))), (None, None));
+    }
+}

@@ -489,6 +489,10 @@ proptest! {
             guest.map(gva, frame * PAGE, false);
             pages.insert(gva, frame * PAGE);
         }
+        // No two frames are alike where they are probed.
+        for page in 256..1024_u64 {
+            guest.put(page * PAGE + 200, &[(page % 251) as u8]);
+        }
         for (page, byte) in contents {
             guest.put(page * PAGE + u64::from(byte), &[byte | 1]);
         }

@@ -119,7 +119,7 @@ impl MachineState {
                 return broken(format!("a CPUID leaf of vCPU {n} has more than 32 bits"));
             }
         }
-        let stopped = self.stops.iter().map(|stop| stop.vcpu).chain([self.at]);
+        let stopped = self.stops.iter().map(|stop| stop.vcpu).chain([self.vcpu]);
         if let Some(vcpu) = stopped.into_iter().find(|vcpu| *vcpu as usize >= vcpus) {
             return broken(format!("a stop is of vCPU {vcpu}"));
         }

@@ -22,6 +22,8 @@ mod devices;
 mod features;
 mod hex;
 mod stop;
+#[cfg(test)]
+mod tests;
 mod vcpu;
 
 use std::collections::BTreeMap;
@@ -70,7 +72,7 @@ pub struct MachineState {
     /// The disks, in their order.
     pub disks: Vec<DiskState>,
     /// The vCPU that the last stop was about.
-    pub at: u32,
+    pub vcpu: u32,
     /// Stops that are (still, or again) to be told before the guest goes on: those after which it cannot, and those that
     /// nobody was told of. Breakpoints are not among them.
     pub stops: Vec<StopState>,

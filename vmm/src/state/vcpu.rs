@@ -8,7 +8,7 @@ use super::{Blob, Word};
 
 /// Everything that makes up a parked vCPU. Nothing in it is the debugger's: TF and DR0-7 are the guest's own (laws 30,
 /// 46).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct VcpuState {
     /// Frequency of the TSC in kHz; 0 if KVM does not say.
     pub tsc_khz: u32,
@@ -49,10 +49,11 @@ pub struct CpuidLeaf {
 }
 
 /// What a vCPU is doing (KVM API, KVM_GET_MP_STATE).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ActivityState {
     /// It would run.
+    #[default]
     Runnable,
     /// It waits for INIT.
     Uninitialized,
@@ -89,7 +90,7 @@ words! {
 }
 
 /// System registers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[allow(missing_docs)] // the SDM's names say it
 pub struct SystemState {
     pub cs: SegmentState,
@@ -121,7 +122,7 @@ pub struct DebugState {
 }
 
 /// What is on its way into the guest (KVM API, KVM_GET_VCPU_EVENTS).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct EventState {
     /// An exception whose delivery has begun, or that is to be delivered next.
     pub exception: Option<ExceptionState>,

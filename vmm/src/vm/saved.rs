@@ -54,7 +54,7 @@ impl Vm {
             devices: self.pc.save(),
             virtio: self.virtio.save().into_iter().collect(),
             disks: self.disks.iter().map(DiskState::from).collect(),
-            at: self.coordinator.last_stopped().0,
+            vcpu: self.coordinator.last_stopped().0,
             stops: self.coordinator.stops().filter_map(StopState::of).collect(),
         })
     }
@@ -77,7 +77,7 @@ impl Vm {
         let refused = |error: CoordinatorError| RestoreError::Refused(error.to_string());
         let clocks = self.wall_clocks(state);
         let stops = state.stops.iter().map(StopState::stop).collect();
-        self.coordinator.restore(state.vcpus.clone(), stops, VcpuId(state.at)).map_err(refused)?;
+        self.coordinator.restore(state.vcpus.clone(), stops, VcpuId(state.vcpu)).map_err(refused)?;
         for (at, bytes) in clocks {
             write_all_physical(self.ram.mem(), at, &bytes);
         }

@@ -215,6 +215,19 @@ fn a_hostile_plan_is_bounded() {
 }
 
 #[test]
+fn hostile_nesting_is_bounded() {
+    let mut tap = Tap::default();
+    tap.line("TAP version 13", 0);
+    for depth in 1..100 {
+        tap.line(&format!("{:depth$}KTAP version 1", "", depth = 4 * depth), 0);
+        tap.line(&format!("{:depth$}ok 1 x", "", depth = 4 * depth), 0);
+        assert!(tap.levels.len() <= MAX_LEVELS);
+    }
+    tap.finish(0);
+    assert!(tap.records().len() > MAX_LEVELS && tap.records().iter().all(|test| test.suite.len() < MAX_LEVELS));
+}
+
+#[test]
 fn a_hostile_flood_is_bounded_and_told() {
     let mut tap = Tap::default();
     tap.line("TAP version 13", 0);

@@ -113,6 +113,8 @@ fn what_follows() {
         "hang:10s cpu=1",
         "console:/x/ cpu=1",
         "console:/x/ if 1",
+        "triple-fault if $rax",
+        "triple-fault cpu=1",
         "exec:f if $rax == 1 and $rbx == 2",
         "exec:f if a count=3 b",
     ]));

@@ -1,4 +1,5 @@
 mod bad;
+mod documentation;
 mod evaluation;
 mod good;
 

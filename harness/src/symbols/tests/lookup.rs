@@ -147,10 +147,15 @@ fn files_that_are_no_symbols_are_refused() {
     let refused = |bytes: &[u8]| symbols_in(bytes).unwrap_err().to_string();
     assert!(refused(b"hello").ends_with(": neither ELF (vmlinux, its debug file, a module) nor System.map"));
     assert!(refused(b"").ends_with(": neither ELF (vmlinux, its debug file, a module) nor System.map"));
+    let error = refused(b"ffffffff81000000 T _text\nrubbish\n");
+    assert!(error.ends_with(": line 2: expected ADDRESS LETTER NAME as nm prints them, found `rubbish`"), "{error}");
+    let error = refused(b"ffffffffffffffff B The real System.map is in the linux-image-<version>-dbg package\n");
     assert!(
-        refused(b"ffffffff81000000 T _text\nrubbish\n")
-            .ends_with(": line 2: expected ADDRESS LETTER NAME as nm prints them")
+        error.ends_with("`ffffffffffffffff B The real System.map is in the linux-image-<version>-dbg package`"),
+        "{error}"
     );
+    let error = refused(b"0000000000000000 T _text\n0000000000000000 T _stext\n");
+    assert!(error.contains(": all addresses are 0: "), "{error}");
     assert!(refused(&demo()[..100]).contains(": not a sound ELF file: "));
     let missing = [PathBuf::from("/nowhere/vmlinux")];
     let error = Symbols::open(&Sources { symbols: &missing, ..Sources::default() }).unwrap_err();
@@ -158,4 +163,19 @@ fn files_that_are_no_symbols_are_refused() {
     let directory = [PathBuf::from("/")];
     let error = Symbols::open(&Sources { kernel: Some(&directory[0]), ..Sources::default() }).unwrap_err();
     assert_eq!(error.to_string(), "/: not a regular file");
+}
+
+#[test]
+fn a_kernel_that_symbols_cannot_be_read_from_is_told_when_one_is_looked_up() {
+    let error = |bytes: &[u8]| symbols_of(bytes).functions("panic").unwrap_err().to_string();
+    assert!(
+        error(b"something else").contains(" is neither ELF nor a bzImage); give the kernel's vmlinux or System.map")
+    );
+    assert!(error(&demo()[..100]).contains(": not a sound ELF file: "));
+}
+
+#[test]
+fn symbols_are_shared_between_threads() {
+    fn shared<T: Send + Sync + Clone + 'static>(_: &T) {}
+    shared(&Symbols::none());
 }

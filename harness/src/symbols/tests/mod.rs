@@ -1,6 +1,10 @@
 //! Tests of what is public, over small ELF files that are built with the guests.
 
+mod built;
+mod debug_info;
+mod hostile;
 mod lookup;
+mod modules;
 mod slide;
 
 use std::io::Write as _;
