@@ -155,6 +155,20 @@ pub(super) fn stop(report: &Report) -> String {
     text
 }
 
+/// What each vCPU was doing when the run was stopped, with its backtrace. Empty if nothing stopped it.
+pub(super) fn vcpus(report: &Report) -> String {
+    let mut text = String::new();
+    for vcpu in report.stop.iter().flat_map(|stop| &stop.timing.vcpus) {
+        let interrupts = if vcpu.interrupts { "" } else { ", interrupts off" };
+        let _ = writeln!(text, "vCPU {}: {} at {}{interrupts}", vcpu.vcpu, vcpu.activity, vcpu.at);
+        text.push_str(&backtrace(&vcpu.backtrace));
+        if let Some(why) = &vcpu.backtrace_ends {
+            let _ = writeln!(text, "  it ends there: {why}");
+        }
+    }
+    text
+}
+
 /// What a trap watches, a line each.
 pub(super) fn targets(trap: &TrapRecord) -> String {
     let mut text = String::new();
