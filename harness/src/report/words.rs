@@ -145,6 +145,8 @@ pub(super) fn stop(report: &Report) -> String {
             let _ = write!(text, " ({})", source(place));
         }
         text.push('\n');
+    } else if let Some(vcpu) = stop.vcpu {
+        let _ = writeln!(text, "on vCPU {vcpu}");
     }
     if let Some(values) = &stop.change {
         let _ = writeln!(text, "value {}", change(values));
