@@ -19,6 +19,9 @@
 //!         # list_add: EXPECTATION ..     for the next result of the level, if that is a failure
 //!         not ok 1 list_add
 //! ```
+//!
+//! A kernel module may put its name before all that it says (`pr_fmt`). Where `NAME: KTAP version 1` begins a stream, the
+//! name is taken off the lines that have it.
 
 mod interleaved;
 mod syntax;
@@ -49,6 +52,8 @@ pub(super) struct Tap {
     stream: u32,
     /// The stream has said `TAP version`.
     versioned: bool,
+    /// What a module puts before each of its lines.
+    module: Option<String>,
     /// Name of the subtest that comes next.
     pending_name: Option<String>,
     /// Column of a YAML block that has begun.
@@ -121,6 +126,10 @@ impl Tap {
 
     fn whole_line(&mut self, line: &str, at_ms: u64) {
         let line = line[text::log_prefix(line)..].trim_end();
+        if let Some(module) = syntax::module_of_version(line) {
+            self.module = Some(module.to_owned());
+        }
+        let line = self.module.as_deref().and_then(|module| line.strip_prefix(module)).unwrap_or(line);
         let (column, body) = self.unindent(line);
         if body.is_empty() || self.in_yaml(column, body) {
             return;
