@@ -34,7 +34,7 @@ use super::trap::{Callback, Counted, Counters, Fired, LOG_ROOM, Trap};
 use super::watchdog::Watchdog;
 use super::{Outputs, RunError};
 use crate::Verdict;
-use crate::console::{ConsoleEvent, ConsoleHandle};
+use crate::console::{self, ConsoleEvent, ConsoleHandle};
 use crate::report::{
     Change, Event, FrameRecord, HitRecord, HitTiming, Input, ProgressState, SCHEMA, StopRecord, TargetRecord,
     TestResult,
@@ -405,9 +405,10 @@ impl Supervisor {
         for hit in hits {
             let Some(trap) = self.traps.get(hit.trap).cloned() else { continue };
             done |= trap.rule.once;
+            // The place may be in a module; its bare address would be another in each run.
+            self.learn_modules(vm, hit.vcpu);
             let backtrace = match trap.rule.action {
                 Action::Backtrace => {
-                    self.learn_modules(vm, hit.vcpu);
                     let registers = vm.registers(hit.vcpu)?;
                     let unwinder = self.unwinder.get_or_insert_with(|| Unwinder::new(self.symbols.clone()));
                     look::backtrace(vm, &self.symbols, unwinder, hit.vcpu, &registers)?.0
@@ -476,7 +477,7 @@ impl Supervisor {
             {
                 continue;
             }
-            let reason = format!("{}: the console says: {}", trap.rule.title(), line.text.trim());
+            let reason = format!("{}: the console says: {}", trap.rule.title(), console::message(&line.text).trim());
             if trap.rule.action == Action::Fail {
                 self.console_line = self.console_line.or(Some(number));
             }
@@ -499,17 +500,24 @@ impl Supervisor {
             }
         }
         let Some((time, vcpu)) = worst else { return Ok(None) };
-        let wants = |planned: &Planned| planned.points.iter().any(|p| matches!(p.by, By::Hang(least) if least <= time));
+        let wanted = |planned: &Planned| {
+            planned.points.iter().find_map(|point| match point.by {
+                By::Hang(least) if least <= time => Some(least),
+                _ => None,
+            })
+        };
         // Each rule hears of one hang once: it ends when the vCPU gets on.
         let heard = |trap: &Trap| trap.counters.done.swap(true, Ordering::AcqRel);
-        let found = (0..self.plan.len()).find(|&n| wants(&self.plan[n]) && !heard(&self.traps[n]));
-        Ok(found.map(|trap| (trap, vcpu, time)))
+        let found = (0..self.plan.len())
+            .find_map(|n| wanted(&self.plan[n]).filter(|_| !heard(&self.traps[n])).map(|least| (n, least)));
+        Ok(found.map(|(trap, least)| (trap, vcpu, least)))
     }
 
     fn hung(&mut self, vm: &mut Vm, trap: usize, vcpu: VcpuId, time: Duration) -> Result<Next, RunError> {
         let Some(this) = self.traps.get(trap).cloned() else { return Ok(Next::Nothing) };
         let hits_before = this.counters.count(vcpu);
-        let reason = format!("{vcpu} has made no progress for {:.1} s, with interrupts off", time.as_secs_f64());
+        // What the rule says, not what was measured: that is another in each run.
+        let reason = format!("{vcpu} has made no progress for {time:?}, with interrupts off");
         self.stop_for(vm, trap, Some(vcpu), hits_before, reason)
     }
 
@@ -547,6 +555,8 @@ impl Supervisor {
         };
         let who = vcpu.unwrap_or(VcpuId(0));
         let pc = vm.registers(who)?.pc();
+        self.look_for_slide(vm)?;
+        self.learn_modules(vm, who);
         let hit = Counted { trap, vcpu: who, at, pc, change: None, hits_before };
         let record = self.record(&hit, false, Vec::new());
         self.remember(record);
