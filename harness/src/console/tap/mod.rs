@@ -373,14 +373,12 @@ impl Tap {
             let Some(level) = self.levels.pop() else { break };
             let is_the_results = self.levels.last().is_some_and(|top| top.column <= column + 1);
             let result = result.filter(|name| is_the_results && !name.is_empty());
-            let unnamed = level.name.is_none();
             let name = level.name.or_else(|| result.map(str::to_owned)).unwrap_or_else(|| "unnamed".to_owned());
-            if unnamed {
-                for record in &mut self.records[level.first..] {
-                    if let Some(suite) = record.suite.get_mut(depth - 1).filter(|suite| suite.is_empty()) {
-                        self.bytes += name.len();
-                        suite.clone_from(&name);
-                    }
+            // Those that came before the name was known: it may come late, or not at all.
+            for record in &mut self.records[level.first..] {
+                if let Some(suite) = record.suite.get_mut(depth - 1).filter(|suite| suite.is_empty()) {
+                    self.bytes += name.len();
+                    suite.clone_from(&name);
                 }
             }
             closed = (level.seen.len() as u64, level.diagnostics);

@@ -69,6 +69,19 @@ fn a_module_puts_its_name_before_all_that_it_says() {
 }
 
 #[test]
+fn a_suites_name_may_come_behind_the_tests_of_a_suite_in_it() {
+    let output = "\
+TAP version 13
+# TAP version 13
+    ok
+  1..3
+  # Subtest: late
+";
+    let told = told(output);
+    assert!(!told.is_empty() && told.iter().all(|test| test.contains("late")), "{told:#?}");
+}
+
+#[test]
 fn tap_12_has_no_version_and_may_plan_late() {
     assert_eq!(told("ok 1\nnot ok 2 x\n1..3\n"), ["1 1 : ok", "1 2 x: failed", "1 3 : missing"]);
     assert_eq!(told("1..2\nok 1\nok 2\n"), ["1 1 : ok", "1 2 : ok"]);
