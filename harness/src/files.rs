@@ -35,6 +35,7 @@ fn advice(error: &io::Error) -> String {
         PermissionDenied => "no permission to write there: name another directory".to_owned(),
         NotFound => "its directory does not exist: make it first".to_owned(),
         NotADirectory => "what should be its directory is a file: name another place".to_owned(),
+        AlreadyExists => "there is a file of that name, which is no directory: name another".to_owned(),
         IsADirectory => "that is a directory: name a file in it".to_owned(),
         _ => error.to_string(),
     }

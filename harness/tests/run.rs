@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use trapline_harness::Verdict;
 use trapline_harness::report::{Outcome as Came, Report, VerdictKind};
-use trapline_harness::run::{Kernel, Outcome, Run, RunError};
-use trapline_vmm::debug::Disposition;
+use trapline_harness::run::{Kernel, Next, Outcome, Run, RunError, Supervisor};
+use trapline_vmm::Vm;
+use trapline_vmm::debug::{Disposition, ResumePlan, RunMode};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// A bound against hanging.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -96,6 +98,8 @@ fn count_once_cpu_and_conditions_choose_the_hit() {
     let outcome = demo("quiet").trap("exec:count_up once =log").trap("exec:tick count=3").run().unwrap();
     assert_eq!(outcome.report.traps[0].timing.hits.iter().sum::<u64>(), 1, "disarmed after the first");
     assert_eq!(hits(&outcome, 1), 3);
+    let outcome = demo("quiet ticks=9").trap("exec:tick once =ignore").run().unwrap();
+    assert_eq!((hits(&outcome, 0), outcome.report.timing.recent.len()), (1, 0));
 
     let outcome = demo("quiet ticks=5").trap("exec:tick if $cpu == 1").run().unwrap();
     assert_eq!((outcome.verdict, outcome.report.traps[0].timing.unmet), (Verdict::Pass, 5));
@@ -152,6 +156,10 @@ fn ports_and_the_console_are_traps_too() {
     let stop = outcome.report.stop.as_ref().unwrap();
     assert_eq!((stop.vcpu, stop.timing.vcpus.len()), (None, 2));
 
+    let outcome = demo("ticks=3").trap("io:0x3f8 if jiffies == 0 =log").run().unwrap();
+    let unmet = outcome.report.traps[0].timing.unmet;
+    assert!(hits(&outcome, 0) > 0 && unmet > 0, "{} and {unmet}", hits(&outcome, 0));
+
     // Nothing answers there, and it is seen all the same.
     let outcome = acts("run=exit exit=0").trap("io:0xf4").run().unwrap();
     assert_eq!(outcome.exit_code(), 0, "the guest's end is no hit: {}", outcome.verdict);
@@ -164,6 +172,11 @@ fn a_vcpu_with_interrupts_off_for_too_long_hangs() {
         assert_eq!(outcome.exit_code(), 3, "{}", outcome.verdict);
         assert!(outcome.report.verdict.text.contains("no progress"), "{}", outcome.report.verdict.text);
     }
+    // One hang is one hit, however long it lasts. The other vCPU counts with interrupts off: it hangs, too.
+    let run = acts("run=hang cpu=1").timeout(Duration::from_secs(3));
+    let outcome = run.trap("hang:300ms =log").trap("hang:300ms count=3").trap("hang:400ms =bt").run().unwrap();
+    assert_eq!((outcome.exit_code(), [0, 1, 2].map(|n| hits(&outcome, n))), (5, [2, 2, 2]), "{}", outcome.verdict);
+    assert_eq!(outcome.report.stop.unwrap().vcpu, None, "the end of the time is about no vCPU");
 }
 
 #[test]
@@ -219,6 +232,65 @@ fn a_snapshot_is_a_machine_beside_the_report_and_the_guest_goes_on() {
         }
     }
     assert!(!report.join("snapshot-5").exists() && !report.join("vmcore").exists());
+}
+
+#[test]
+fn a_report_has_nothing_of_the_run_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = demo("quiet").trap("exec:tick =snapshot").trap("exec:tick count=2").report(dir.path()).run().unwrap();
+    assert_eq!(first.exit_code(), 3);
+    for name in ["vmcore", "state.json", "snapshot-1/vmcore"] {
+        assert!(dir.path().join(name).exists(), "{name}");
+    }
+    fs::write(dir.path().join("notes"), "mine").unwrap();
+    let second = demo("quiet ticks=3").report(dir.path()).run().unwrap();
+    assert_eq!((second.exit_code(), &second.report.problems), (0, &Vec::new()));
+    let mut names: Vec<String> =
+        fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    assert_eq!(names, ["console.log", "events.ndjson", "index.html", "junit.xml", "notes", "report.json"]);
+}
+
+#[test]
+fn traps_that_were_never_armed_are_not_passed() {
+    // More than the slots serve, in memory that this guest never maps.
+    let rules = (0..6).map(|n| format!("exec:{:#x} =ignore", 0xffff_ffff_8100_0000_u64 + n));
+    match rules.fold(demo("quiet ticks=3"), |run, rule| run.trap(rule)).run() {
+        Ok(outcome) => {
+            assert_eq!((&outcome.verdict, outcome.exit_code()), (&Verdict::Pass, 69));
+            assert!(outcome.report.problems[0].contains("never armed"), "{:?}", outcome.report.problems);
+        }
+        Err(error) => assert!(error.is_hosts(), "{error}"),
+    }
+}
+
+/// Lets the guest run until a line of the console has matched, which nobody has looked at then.
+fn until_the_console_matches(vm: &mut Vm, supervisor: &mut Supervisor) {
+    supervisor.begins();
+    assert_eq!(vm.resume(&ResumePlan::all(vm.vcpus(), RunMode::Continue)).unwrap(), None);
+    let console = supervisor.fds()[1];
+    let epoll = Epoll::new().unwrap();
+    epoll.ctl(ControlOperation::Add, console, EpollEvent::new(EventSet::IN, 0)).unwrap();
+    assert_eq!(epoll.wait(60_000, &mut [EpollEvent::default()]).unwrap(), 1, "nothing was printed");
+}
+
+#[test]
+fn what_the_console_said_last_is_heard_at_the_end() {
+    let (mut vm, mut supervisor) = demo("quiet ticks=3").trap("console:/ends with status/").prepare().unwrap();
+    until_the_console_matches(&mut vm, &mut supervisor);
+    let outcome = supervisor.finish(&mut vm, Verdict::Pass, None);
+    assert_eq!(outcome.exit_code(), 3, "{}", outcome.verdict);
+    assert_eq!(outcome.report.stop.unwrap().timing.vcpus.len(), 2);
+}
+
+#[test]
+fn a_guest_that_stands_for_somebody_else_is_not_let_go_on() {
+    let (mut vm, mut supervisor) = demo("").trap("console:/demo guest/ =bt").prepare().unwrap();
+    until_the_console_matches(&mut vm, &mut supervisor);
+    vm.pause().unwrap();
+    let console = supervisor.fds()[1];
+    assert_eq!(supervisor.ready(&mut vm, console).unwrap(), Next::Nothing);
+    assert_eq!(supervisor.recent().count(), 1);
 }
 
 #[test]

@@ -305,6 +305,11 @@ impl Vm {
         Ok(self.coordinator.take_stop().unwrap_or(interrupted))
     }
 
+    /// Stops the world for the caller's own ends. What else has happened is told by the next [`resume`](Self::resume).
+    pub fn pause(&mut self) -> Result<(), CoordinatorError> {
+        self.coordinator.stop()
+    }
+
     /// Drops what `level` armed and what was not told yet, and lets the guest go on.
     pub fn release(&mut self, level: Level) -> Result<(), CoordinatorError> {
         self.coordinator.release(level)?;

@@ -29,7 +29,8 @@ use self::tap::Tap;
 use crate::initramfs;
 use crate::report::{ConsoleLine, TestRecord};
 
-/// Most events that wait for the event loop. Matches are counted beyond that.
+/// Most events that wait for the event loop. Beyond that, tests wait where they are kept, and of each pattern one match has
+/// room.
 const MAX_EVENTS: usize = 4096;
 /// Most bytes that the kept lines have.
 const MAX_TAIL_BYTES: usize = 8 << 20;
@@ -106,6 +107,8 @@ impl ConsoleLog {
             tail_bytes: 0,
             matched: vec![0; options.patterns.len()],
             matched_in_partial: vec![false; options.patterns.len()],
+            is_queued: vec![false; options.patterns.len()],
+            lost: 0,
             patterns: options.patterns,
             tap: Tap::default(),
             booted_ms: None,
@@ -160,7 +163,11 @@ impl ConsoleHandle {
 
     /// What was found since the last call, in order.
     pub fn events(&self) -> Vec<ConsoleEvent> {
-        locked(&self.shared).events.drain(..).collect()
+        let mut heard = locked(&self.shared);
+        heard.is_queued.fill(false);
+        let mut events: Vec<_> = heard.events.drain(..).collect();
+        events.extend(std::iter::from_fn(|| heard.tap.next_told()).map(ConsoleEvent::Test));
+        events
     }
 
     /// How many lines matched each pattern.
@@ -216,10 +223,12 @@ impl ConsoleHandle {
         locked(&self.shared).program_status
     }
 
-    /// What was lost, in words for the report: the log could not be written, or tests were too many.
+    /// What was lost, in words for the report: the log could not be written, or tests or matches were too many.
     pub fn problems(&self) -> Vec<String> {
         let heard = locked(&self.shared);
-        heard.problem.clone().into_iter().chain(heard.tap.problem()).collect()
+        let lost = (heard.lost > 0)
+            .then(|| format!("{} lines that a console: trap matches were not counted, they came too fast", heard.lost));
+        heard.problem.clone().into_iter().chain(heard.tap.problem()).chain(lost).collect()
     }
 
     /// Shows the line that is not complete to the patterns now, such as a prompt at which a guest waits. The completed line
@@ -262,6 +271,10 @@ struct Heard {
     matched: Vec<u64>,
     /// Which have matched in the line that is not complete.
     matched_in_partial: Vec<bool>,
+    /// Which have a match in the queue.
+    is_queued: Vec<bool>,
+    /// Matches that found no room.
+    lost: u64,
     tap: Tap,
     booted_ms: Option<u64>,
     panic: Option<String>,
@@ -365,16 +378,27 @@ impl Heard {
     }
 
     fn tell_tests(&mut self) {
-        while let Some(test) = self.tap.next_told() {
+        while self.events.len() < MAX_EVENTS
+            && let Some(test) = self.tap.next_told()
+        {
             self.tell(ConsoleEvent::Test(test));
         }
     }
 
-    /// A full queue is a loop that does not come round, or a guest that floods it: what it must not miss are matches,
-    /// and those are counted.
+    /// A full queue is a loop that does not come round, or a guest that floods it. Whatever it is full of, a trap is to hear
+    /// that it was hit.
     fn tell(&mut self, event: ConsoleEvent) {
-        if self.events.len() < MAX_EVENTS {
-            self.events.push_back(event);
+        let has_room = match &event {
+            ConsoleEvent::Matched { pattern, .. } => {
+                let was_queued = std::mem::replace(&mut self.is_queued[*pattern], true);
+                !was_queued || self.events.len() < MAX_EVENTS
+            }
+            // One of each, or looked at before.
+            ConsoleEvent::Booted { .. } | ConsoleEvent::Panic { .. } | ConsoleEvent::Test(_) => true,
+        };
+        match has_room {
+            true => self.events.push_back(event),
+            false => self.lost += 1,
         }
         // It fails only when the counter is full, and then it is raised.
         let _ = self.event.write(1);

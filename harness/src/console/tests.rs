@@ -110,6 +110,33 @@ fn matches_are_counted_beyond_the_queue() {
 }
 
 #[test]
+fn a_flood_drowns_no_match_and_no_test() {
+    let (mut log, handle) = listening(&["BUG", "^ok"]);
+    for n in 1..=MAX_EVENTS as u64 + 10 {
+        log.write_all(format!("ok {n} a\n").as_bytes()).unwrap();
+    }
+    log.write_all(b"BUG: here\nBUG: there\nKernel panic - not syncing: x\n").unwrap();
+    let events = handle.events();
+    let matches = |wanted| {
+        events
+            .iter()
+            .filter(|event| matches!(event, ConsoleEvent::Matched { pattern, .. } if *pattern == wanted))
+            .count()
+    };
+    assert_eq!(matches(0), 1);
+    assert!(events.iter().any(|event| matches!(event, ConsoleEvent::Panic { .. })));
+    let tests = events.iter().filter(|event| matches!(event, ConsoleEvent::Test(_))).count();
+    assert_eq!(tests, MAX_EVENTS + 10);
+    let lost = MAX_EVENTS + 10 - matches(1) + 1;
+    assert_eq!(
+        handle.problems(),
+        [format!("{lost} lines that a console: trap matches were not counted, they came too fast")]
+    );
+    log.write_all(b"BUG: again\n").unwrap();
+    assert_eq!(handle.events().len(), 1);
+}
+
+#[test]
 fn the_kernels_own_words() {
     let (mut log, handle) = listening(&[]);
     log.write_all(

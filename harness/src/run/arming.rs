@@ -1,6 +1,7 @@
 //! When traps are armed: as early as they can be, and not earlier than they mean something.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use trapline_vmm::Vm;
@@ -9,9 +10,10 @@ use trapline_vmm::debug::{Breakpoint, BreakpointError, Handler, Mechanism, SLOTS
 
 use super::RunError;
 use super::look::Seen;
-use super::plan::{self, By, OWNER};
+use super::plan::{self, By, OWNER, Planned};
 use super::supervisor::Supervisor;
-use super::trap::{self, Point};
+use super::trap::{self, Point, PortPoint};
+use crate::rules::{Condition, Name, Rule};
 
 /// How far the arming has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,10 +47,11 @@ impl Supervisor {
     /// Arms what can be armed before the guest's first instruction.
     pub(super) fn begin(&mut self, vm: &mut Vm) -> Result<(), RunError> {
         let waits = !self.modules.is_empty();
-        if !waits && self.points().next().is_none() {
+        let has_names = |planned: &Planned| planned.rule.condition.as_ref().is_some_and(|c| !c.names().is_empty());
+        let moves = self.may_move && (self.points().any(|(_, _, moves)| moves) || self.plan.iter().any(has_names));
+        if !waits && !moves && self.points().next().is_none() {
             return Ok(());
         }
-        let moves = self.may_move && self.points().any(|(_, _, moves)| moves);
         if !moves && !waits {
             self.stage = self.stage_after(Stage::BeforeKernel);
             match self.arm_all(vm) {
@@ -90,10 +93,7 @@ impl Supervisor {
             if trap.rule.once && trap.counters.done.load(Ordering::Acquire) {
                 continue;
             }
-            let condition = match &trap.rule.condition {
-                Some(condition) => Some(condition.bind(&self.symbols).map_err(|error| RunError::Rules(vec![error]))?),
-                None => None,
-            };
+            let Some(condition) = self.condition(&trap.rule)? else { continue };
             let watched = (request.on.is_watch() && request.len <= 8).then(|| {
                 let mut bytes = [0; 8];
                 let len = request.len as usize;
@@ -105,26 +105,49 @@ impl Supervisor {
         Ok(by_request.into_iter().map(|(request, points)| (request, Some(trap::handler(points)))).collect())
     }
 
-    pub(super) fn trap_ports(&self, vm: &Vm) -> Result<(), RunError> {
-        let mut by_port: BTreeMap<u16, Vec<_>> = BTreeMap::new();
+    /// Ports need nothing of the processor's: they are trapped from the first instruction on.
+    pub(super) fn trap_ports(&mut self, vm: &Vm) -> Result<(), RunError> {
+        let mut by_port: BTreeMap<u16, Vec<Arc<PortPoint>>> = BTreeMap::new();
         for (planned, trap) in self.plan.iter().zip(&self.traps) {
             for point in &planned.points {
                 let By::Port(port) = point.by else { continue };
-                let condition = match &trap.rule.condition {
-                    Some(condition) => {
-                        Some(condition.bind(&self.symbols).map_err(|error| RunError::Rules(vec![error]))?)
-                    }
-                    None => None,
-                };
-                by_port.entry(port).or_default().push((trap.clone(), condition));
+                let point = Arc::new(PortPoint::new(trap.clone()));
+                self.ports.push(point.clone());
+                by_port.entry(port).or_default().push(point);
             }
         }
+        self.bind_ports()?;
         if !by_port.is_empty() {
-            let handlers = by_port.into_iter().map(|(port, traps)| (port, trap::port_handler(traps))).collect();
+            let handlers = by_port.into_iter().map(|(port, points)| (port, trap::port_handler(points))).collect();
             // Once for each VM, and this is the only place.
             let _ = vm.trap_ports(handlers);
         }
         Ok(())
+    }
+
+    /// Looks up the names of their conditions, as far as it is known where those are.
+    fn bind_ports(&self) -> Result<(), RunError> {
+        for point in &self.ports {
+            if let Some(condition) = self.condition(point.rule())? {
+                point.bind(condition);
+            }
+        }
+        Ok(())
+    }
+
+    /// A rule's condition with its names looked up, if it has one; `None` as long as it names what is not there yet: a kernel
+    /// that may still move, a module that is not loaded.
+    #[allow(clippy::option_option)]
+    fn condition(&self, rule: &Rule) -> Result<Option<Option<Condition>>, RunError> {
+        let Some(condition) = &rule.condition else { return Ok(Some(None)) };
+        let is_there = |name: &&Name| match &name.module {
+            Some(module) => self.loaded.iter().any(|loaded| loaded.name == *module),
+            None => !self.may_move,
+        };
+        if !condition.names().iter().all(is_there) {
+            return Ok(None);
+        }
+        Ok(Some(Some(condition.bind(&self.symbols).map_err(|error| RunError::Rules(vec![error]))?)))
     }
 
     /// The kernel runs at its own addresses: the rest can be armed, as far as it makes sense now.
@@ -189,6 +212,7 @@ impl Supervisor {
 
     /// Arms everything that can be, in the place of what was armed.
     pub(super) fn arm_all(&mut self, vm: &mut Vm) -> Result<(), RunError> {
+        self.bind_ports()?;
         let requests = self.requests(vm)?;
         let mut requests = self.allowed(requests);
         requests.extend(self.modules.hooks(&self.symbols).map_err(RunError::Usage)?);

@@ -6,7 +6,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use trapline_vmm::Vm;
 use trapline_vmm::debug::{Crash, VcpuId};
 
-use super::supervisor::Supervisor;
+use super::arming::Stage;
+use super::supervisor::{Next, Supervisor};
 use crate::Verdict;
 use crate::console::ConsoleHandle;
 use crate::report::{
@@ -48,10 +49,12 @@ impl Supervisor {
         let at = Instant::now();
         self.take_logged();
         self.console.finish();
+        let (verdict, stop) = self.hear_the_last(vm, verdict, stop);
         let tests = self.console.tests();
         let verdict = self.judge(verdict, &tests);
         let mut problems = std::mem::take(&mut self.problems);
         problems.extend(self.console.problems());
+        problems.extend(self.never_armed());
         let stop = stop.or_else(|| self.last_look(vm, &verdict));
         let mut report = self.make_report(&verdict, stop, tests, at);
         if verdict != Verdict::Pass && verdict != Verdict::Killed {
@@ -71,6 +74,39 @@ impl Supervisor {
         report.problems = problems;
         self.write_files(&mut report);
         Outcome { verdict, report }
+    }
+
+    /// What the console said right before the end may not have been heard yet, and is what ended the run then.
+    fn hear_the_last(
+        &mut self,
+        vm: &mut Vm,
+        verdict: Verdict,
+        stop: Option<StopRecord>,
+    ) -> (Verdict, Option<StopRecord>) {
+        match self.hear(vm) {
+            Ok(Next::End(ended)) if !matches!(verdict, Verdict::Trapped { .. } | Verdict::Killed) => {
+                (self.verdict_of(&ended), ended.stop.map(|stop| *stop))
+            }
+            Ok(_) => (verdict, stop),
+            Err(error) => {
+                self.problems.push(format!("what the console said last is not judged: {error}"));
+                (verdict, stop)
+            }
+        }
+    }
+
+    /// A run whose traps could not be hit has not passed them.
+    fn never_armed(&self) -> Option<String> {
+        let what = match self.stage {
+            Stage::Armed => return None,
+            Stage::BeforeKernel => "the traps were",
+            Stage::BeforeStart(_) => "watchpoints were",
+            Stage::BeforePatches(_) => "traps that are software breakpoints were",
+        };
+        Some(format!(
+            "{what} never armed: the guest ended before the kernel that the symbols are of was seen to run that far; give \
+             the symbols of what is booted"
+        ))
     }
 
     /// What a verdict is, once all is known about the run.
@@ -106,7 +142,7 @@ impl Supervisor {
         if matches!(verdict, Verdict::Pass | Verdict::Killed | Verdict::Missed(_)) || vm.ended().is_some() {
             return None;
         }
-        if vm.is_running() && vm.stop().is_err() {
+        if vm.pause().is_err() {
             return None;
         }
         // No place in the program that gave the status, or in the guest's way out, says more than the verdict.

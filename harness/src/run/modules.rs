@@ -26,11 +26,13 @@ pub(crate) struct Modules {
 
 impl Modules {
     pub(crate) fn wanted(traps: &[Planned]) -> Self {
-        let names = traps.iter().flat_map(|trap| &trap.points).filter_map(|point| match &point.by {
+        let places = traps.iter().flat_map(|trap| &trap.points).filter_map(|point| match &point.by {
             By::Module { module } => Some(module.clone()),
             _ => None,
         });
-        Self { wanted: names.collect(), ..Self::default() }
+        let conditions = traps.iter().filter_map(|trap| trap.rule.condition.as_ref());
+        let named = conditions.flat_map(|condition| condition.names()).filter_map(|name| name.module.clone());
+        Self { wanted: places.chain(named).collect(), ..Self::default() }
     }
 
     pub(crate) fn is_empty(&self) -> bool {

@@ -177,11 +177,15 @@ fn some_place(request: Breakpoint) -> Located {
 fn points(rule: &Rule, symbols: &Symbols) -> Result<Vec<PlannedPoint>, RuleError> {
     let refuse = |error: String| rule.refuse(error);
     let vmm = |what: String, by| Ok(vec![PlannedPoint { what, by }]);
-    if let Some(condition) = &rule.condition {
-        // Names of a module that is not there yet are looked up when it is.
-        match condition.bind(symbols) {
-            Err(error) if condition.names().iter().all(|name| name.module.is_none()) => return Err(error),
-            _ => {}
+    if let Some(condition) = &rule.condition
+        && let Err(error) = condition.bind(symbols)
+    {
+        // Names of a module that is not there yet are looked up when it is, and are in its file now.
+        let is_not_there_yet = |name: &&Name| {
+            name.module.is_some() && matches!(symbols.variable(&name.to_string()), Err(LookupError::NotLoaded { .. }))
+        };
+        if !condition.names().iter().any(is_not_there_yet) {
+            return Err(error);
         }
     }
     match &rule.what {

@@ -257,8 +257,6 @@ impl Run {
     pub fn prepare(mut self) -> Result<(Vm, Supervisor), RunError> {
         let symbols = self.open_symbols()?;
         let console = self.console.take();
-        let rules = std::mem::take(&mut self.rules);
-        self.rules = rules;
         let (plan, callbacks) = self.resolve(&symbols)?;
         let records = match plan.traps.is_empty() {
             true => Vec::new(),
@@ -272,6 +270,7 @@ impl Run {
             return Err(RunError::Refused(refused));
         }
         self.outputs.try_out()?;
+        self.outputs.begin_anew()?;
         let patterns = plan.traps.iter().flat_map(|trap| &trap.points).filter_map(|point| match &point.by {
             By::Console(pattern) => Some(pattern.regex().clone()),
             _ => None,

@@ -15,7 +15,6 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -30,7 +29,7 @@ use super::look::{self, Moment, Seen, micros};
 use super::modules::Modules;
 use super::outputs::Stream;
 use super::plan::{By, OWNER, Plan, Planned};
-use super::trap::{Callback, Counted, Counters, Fired, LOG_ROOM, Trap};
+use super::trap::{Callback, Counted, Counters, Fired, LOG_ROOM, PortPoint, Trap};
 use super::watchdog::Watchdog;
 use super::{Outputs, RunError};
 use crate::Verdict;
@@ -89,6 +88,13 @@ pub(crate) struct Setup {
     pub(crate) timeout: Option<Duration>,
 }
 
+/// What is known of vCPUs that do not get on.
+pub(super) struct Hangs {
+    watchdog: Watchdog,
+    /// The traps that have heard of the hang of a vCPU.
+    told: BTreeSet<(usize, VcpuId)>,
+}
+
 /// Looks after one run.
 pub struct Supervisor {
     pub(super) symbols: Symbols,
@@ -97,6 +103,8 @@ pub struct Supervisor {
     pub(super) records: Vec<Vec<TargetRecord>>,
     pub(super) fired: Arc<Fired>,
     pub(super) logged: Receiver<Counted>,
+    /// What is trapped of ports.
+    pub(super) ports: Vec<Arc<PortPoint>>,
     pub(super) stage: Stage,
     pub(super) may_move: bool,
     pub(super) modules: Modules,
@@ -107,7 +115,7 @@ pub struct Supervisor {
     /// What is armed, so that what is not wanted any more can be taken away.
     pub(super) armed: BTreeSet<Breakpoint>,
     pub(super) timer: TimerFd,
-    pub(super) hangs: Option<(Watchdog, Duration)>,
+    pub(super) hangs: Option<Hangs>,
     pub(super) console: ConsoleHandle,
     /// The traps that the console's patterns belong to, in their order.
     pub(super) patterns: Vec<usize>,
@@ -173,11 +181,13 @@ impl Supervisor {
             symbols,
             fired,
             logged,
+            ports: Vec::new(),
             stage: Stage::Armed,
             may_move,
             armed: BTreeSet::new(),
             timer: TimerFd::new().map_err(io::Error::from)?,
-            hangs: shortest_hang.map(|time| (Watchdog::new(vcpus, !is_linux(vm.entry().format)), time)),
+            hangs: shortest_hang
+                .map(|_| Hangs { watchdog: Watchdog::new(vcpus, !is_linux(vm.entry().format)), told: BTreeSet::new() }),
             console,
             outputs,
             input,
@@ -299,7 +309,9 @@ impl Supervisor {
                 self.act(vm, hits, true)
             }
             reason => {
-                self.ended_on = Some(stop.vcpu);
+                if Verdict::of_stop(reason).is_some() {
+                    self.ended_on = Some(stop.vcpu);
+                }
                 if let StopReason::GuestExit(status) = reason {
                     self.guest_status = Some(*status);
                 }
@@ -352,10 +364,14 @@ impl Supervisor {
         if !vm.is_running() {
             return Ok(Next::Nothing);
         }
-        match self.find_hang(vm)? {
-            Some((trap, vcpu, time)) => self.hung(vm, trap, vcpu, time),
-            None => Ok(Next::Nothing),
+        let mut next = Next::Nothing;
+        for (trap, vcpu, time) in self.find_hangs(vm) {
+            let wanted = self.hung(vm, trap, vcpu, time)?;
+            if gravity(&wanted) > gravity(&next) {
+                next = wanted;
+            }
         }
+        Ok(next)
     }
 
     /// Puts what was logged into the report's words.
@@ -417,7 +433,9 @@ impl Supervisor {
             };
             let record = self.record(&hit, is_behind, backtrace);
             let reason = reason(&trap.rule, &record);
-            self.remember(record);
+            if trap.rule.action != Action::Ignore {
+                self.remember(record);
+            }
             let wanted = match trap.rule.action {
                 Action::Fail => {
                     let moment = Moment {
@@ -449,7 +467,7 @@ impl Supervisor {
     }
 
     /// What the console has said since the last time.
-    fn hear(&mut self, vm: &mut Vm) -> Result<Next, RunError> {
+    pub(super) fn hear(&mut self, vm: &mut Vm) -> Result<Next, RunError> {
         let mut next = Next::Nothing;
         for event in self.console.events() {
             let (pattern, number, line) = match event {
@@ -472,9 +490,7 @@ impl Supervisor {
                 continue;
             };
             let hits_before = trap.counters.count(VcpuId(0));
-            if hits_before + 1 < trap.rule.count.unwrap_or(1)
-                || trap.rule.once && trap.counters.done.swap(true, Ordering::AcqRel)
-            {
+            if !trap.is_due(hits_before) {
                 continue;
             }
             let reason = format!("{}: the console says: {}", trap.rule.title(), console::message(&line.text).trim());
@@ -489,33 +505,41 @@ impl Supervisor {
         Ok(next)
     }
 
-    fn find_hang(&mut self, vm: &mut Vm) -> Result<Option<(usize, VcpuId, Duration)>, RunError> {
-        let Some((watchdog, shortest)) = &mut self.hangs else { return Ok(None) };
+    /// The hangs that rules have not heard of: trap, vCPU, and the time that the rule says; the longest first. A rule hears of
+    /// each hang once, which is over when the vCPU gets on.
+    fn find_hangs(&mut self, vm: &mut Vm) -> Vec<(usize, VcpuId, Duration)> {
+        let Some(hangs) = &mut self.hangs else { return Vec::new() };
         let now = Instant::now();
-        let mut worst = None;
+        let mut found = Vec::new();
         for vcpu in (0..vm.vcpus() as u32).map(VcpuId) {
-            let glance = vm.glance(vcpu)?;
-            if let Some(time) = watchdog.seen(vcpu, &glance, now).filter(|time| time >= shortest) {
-                worst = worst.max(Some((time, vcpu)));
+            // One that waits for who reads its console does not answer either, and that is no hang of the guest's.
+            let Ok(glance) = vm.glance(vcpu) else { continue };
+            let Some(time) = hangs.watchdog.seen(vcpu, &glance, now) else {
+                hangs.told.retain(|(_, told)| *told != vcpu);
+                continue;
+            };
+            for (trap, planned) in self.plan.iter().enumerate() {
+                let wanted = planned.points.iter().find_map(|point| match point.by {
+                    By::Hang(least) if least <= time => Some(least),
+                    _ => None,
+                });
+                if let Some(least) = wanted
+                    && hangs.told.insert((trap, vcpu))
+                {
+                    found.push((time, trap, vcpu, least));
+                }
             }
         }
-        let Some((time, vcpu)) = worst else { return Ok(None) };
-        let wanted = |planned: &Planned| {
-            planned.points.iter().find_map(|point| match point.by {
-                By::Hang(least) if least <= time => Some(least),
-                _ => None,
-            })
-        };
-        // Each rule hears of one hang once: it ends when the vCPU gets on.
-        let heard = |trap: &Trap| trap.counters.done.swap(true, Ordering::AcqRel);
-        let found = (0..self.plan.len())
-            .find_map(|n| wanted(&self.plan[n]).filter(|_| !heard(&self.traps[n])).map(|least| (n, least)));
-        Ok(found.map(|(trap, least)| (trap, vcpu, least)))
+        found.sort_by_key(|(time, trap, ..)| (std::cmp::Reverse(*time), *trap));
+        found.into_iter().map(|(_, trap, vcpu, least)| (trap, vcpu, least)).collect()
     }
 
     fn hung(&mut self, vm: &mut Vm, trap: usize, vcpu: VcpuId, time: Duration) -> Result<Next, RunError> {
         let Some(this) = self.traps.get(trap).cloned() else { return Ok(Next::Nothing) };
         let hits_before = this.counters.count(vcpu);
+        if !this.is_due(hits_before) {
+            return Ok(Next::Nothing);
+        }
         // What the rule says, not what was measured: that is another in each run.
         let reason = format!("{vcpu} has made no progress for {time:?}, with interrupts off");
         self.stop_for(vm, trap, Some(vcpu), hits_before, reason)
@@ -546,13 +570,16 @@ impl Supervisor {
             }
             return Ok(Next::Nothing);
         }
-        let first = match vm.is_running() {
-            true => {
-                let stop = vm.stop()?;
-                self.stopped(vm, &stop)?
-            }
-            false => Next::Nothing,
-        };
+        // If it stands for somebody else already, it is theirs to let go on.
+        let goes_on = if vm.is_running() { Next::Go } else { Next::Nothing };
+        vm.pause()?;
+        if vm.ended().is_some() {
+            // A debugger has seen it to its end: nothing is left to look at.
+            return Ok(match this.rule.action {
+                Action::Fail => Next::End(Ended { trap, reason, stop: None }),
+                _ => Next::Nothing,
+            });
+        }
         let who = vcpu.unwrap_or(VcpuId(0));
         let pc = vm.registers(who)?.pc();
         self.look_for_slide(vm)?;
@@ -560,7 +587,7 @@ impl Supervisor {
         let hit = Counted { trap, vcpu: who, at, pc, change: None, hits_before };
         let record = self.record(&hit, false, Vec::new());
         self.remember(record);
-        let next = match this.rule.action {
+        Ok(match this.rule.action {
             Action::Fail => {
                 let moment =
                     Moment { reason: reason.clone(), vcpu, change: None, is_behind: false, began: self.began, at };
@@ -570,11 +597,10 @@ impl Supervisor {
             Action::Gdb => Next::Hold(reason),
             Action::Snapshot => {
                 self.snapshot(vm);
-                Next::Go
+                goes_on
             }
-            Action::Backtrace | Action::Log | Action::Ignore => Next::Go,
-        };
-        Ok(if gravity(&first) > gravity(&next) { first } else { next })
+            Action::Backtrace | Action::Log | Action::Ignore => goes_on,
+        })
     }
 
     /// What every vCPU is doing; the world stands.

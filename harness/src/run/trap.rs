@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Instant;
 
 use trapline_vmm::debug::{Disposition, Handler, Hit, PortHandler, PortHit, Stored, VcpuId};
@@ -113,17 +113,22 @@ pub(crate) struct Trap {
 }
 
 impl Trap {
+    /// Whether a hit that so many came before is one of those that the action is taken for. Asked once for each.
+    pub(crate) fn is_due(&self, hits_before: u64) -> bool {
+        let is_counted = hits_before + 1 >= self.rule.count.unwrap_or(1);
+        is_counted && !(self.rule.once && self.counters.done.swap(true, Ordering::AcqRel))
+    }
+
     /// What comes of a hit whose condition holds.
     fn act(&self, hit: Counted) -> Disposition {
         let rule = &self.rule;
-        if hit.hits_before + 1 < rule.count.unwrap_or(1) || rule.once && self.counters.done.swap(true, Ordering::AcqRel)
-        {
+        if !self.is_due(hit.hits_before) {
             return Disposition::Continue;
         }
         match rule.action {
-            Action::Ignore => Disposition::Continue,
             // Who disarms a trap that is done is the event loop.
-            Action::Log if rule.once => self.stop(hit),
+            Action::Log | Action::Ignore if rule.once => self.stop(hit),
+            Action::Ignore => Disposition::Continue,
             Action::Log => {
                 if let Err(TrySendError::Full(_)) = self.log.try_send(hit) {
                     self.counters.lost.fetch_add(1, Ordering::Relaxed);
@@ -144,11 +149,13 @@ impl Trap {
     }
 
     fn holds(&self, condition: Option<&Condition>, moment: &mut Moment<'_, '_>) -> bool {
-        let holds = condition.is_none_or(|condition| condition.holds(moment).unwrap_or(false));
-        if !holds {
-            self.counters.unmet.fetch_add(1, Ordering::Relaxed);
-        }
-        holds
+        condition.is_none_or(|condition| condition.holds(moment).unwrap_or(false)) || self.is_unmet()
+    }
+
+    /// One hit more whose condition is false, which this is.
+    fn is_unmet(&self) -> bool {
+        self.counters.unmet.fetch_add(1, Ordering::Relaxed);
+        false
     }
 }
 
@@ -266,28 +273,54 @@ pub fn rule_handler(rule: &Rule, vcpus: usize) -> Result<(Handler, Hits), RuleEr
     Ok((handler(vec![Point::new(Arc::new(trap), condition, None)]), Hits(logged)))
 }
 
-/// The same for a port.
-pub(crate) fn port_handler(traps: Vec<(Arc<Trap>, Option<Condition>)>) -> PortHandler {
-    PortHandler::new(move |hit| {
-        let mut all = Disposition::Continue;
-        for (trap, condition) in &traps {
-            if !trap.is_of_this_cpu(hit.vcpu) {
-                continue;
-            }
-            let value = u64::from(hit.access.value);
-            // What goes through a port has no value before.
-            let change = Some(Change { old: 0, new: value });
-            let (vcpu, pc) = (hit.vcpu, hit.state().map_or(0, |state| state.pc()));
-            let mut moment = Moment { change, vcpu, state: None, guest: Guest::Port(hit) };
-            if trap.holds(condition.as_ref(), &mut moment) {
-                let hits_before = trap.counters.count(vcpu);
-                let counted = Counted { trap: trap.index, vcpu, at: Instant::now(), pc, change, hits_before };
-                if trap.act(counted) == Disposition::Stop {
-                    all = Disposition::Stop;
-                }
-            }
+/// A trap on a port. Its handler lasts as long as the VM; what is known of the condition's names changes.
+pub(crate) struct PortPoint {
+    trap: Arc<Trap>,
+    /// `None` as long as its names lead nowhere yet: it has no value then, and is not met.
+    condition: RwLock<Option<Option<Condition>>>,
+}
+
+impl PortPoint {
+    pub(crate) fn new(trap: Arc<Trap>) -> Self {
+        Self { trap, condition: RwLock::new(None) }
+    }
+
+    pub(crate) fn rule(&self) -> &Rule {
+        &self.trap.rule
+    }
+
+    pub(crate) fn bind(&self, condition: Option<Condition>) {
+        *self.condition.write().unwrap_or_else(PoisonError::into_inner) = Some(condition);
+    }
+
+    fn hit(&self, hit: &mut PortHit<'_>) -> Disposition {
+        let trap = &*self.trap;
+        if !trap.is_of_this_cpu(hit.vcpu) {
+            return Disposition::Continue;
         }
-        all
+        // What goes through a port has no value before.
+        let change = Some(Change { old: 0, new: u64::from(hit.access.value) });
+        let (vcpu, pc) = (hit.vcpu, hit.state().map_or(0, |state| state.pc()));
+        let mut moment = Moment { change, vcpu, state: None, guest: Guest::Port(hit) };
+        let holds = match &*self.condition.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(condition) => trap.holds(condition.as_ref(), &mut moment),
+            None => trap.is_unmet(),
+        };
+        if !holds {
+            return Disposition::Continue;
+        }
+        let hits_before = trap.counters.count(vcpu);
+        trap.act(Counted { trap: trap.index, vcpu, at: Instant::now(), pc, change, hits_before })
+    }
+}
+
+/// The same for a port.
+pub(crate) fn port_handler(points: Vec<Arc<PortPoint>>) -> PortHandler {
+    PortHandler::new(move |hit| {
+        points.iter().fold(Disposition::Continue, |all, point| match point.hit(hit) {
+            Disposition::Stop => Disposition::Stop,
+            Disposition::Continue => all,
+        })
     })
 }
 

@@ -1,7 +1,7 @@
 //! The event loop of a run that has nobody else: no debugger, no terminal, no signals.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use trapline_vmm::Vm;
@@ -39,14 +39,20 @@ pub(crate) fn run(mut vm: Vm, mut supervisor: Supervisor) -> Result<Outcome, Run
         for event in &events[..count] {
             let fd = event.fd();
             end = if fd == vm.events().as_raw_fd() {
-                match vm.poll()? {
-                    Some(stop) => stopped(&mut vm, &mut supervisor, stop)?,
-                    None => None,
+                match vm.poll() {
+                    Ok(Some(stop)) => stopped(&mut vm, &mut supervisor, stop)?,
+                    Ok(None) => None,
+                    // A vCPU that is late does not cost the run: the stop is still there to be told.
+                    Err(error) => {
+                        tracing::warn!("{error}; trying again");
+                        let _ = vm.events().write(1);
+                        None
+                    }
                 }
             } else if fd == timer.as_raw_fd() {
                 Some((Verdict::TimedOut(timeout.unwrap_or(Duration::ZERO)), None))
             } else {
-                let next = ready(&mut vm, &mut supervisor, fd)?;
+                let next = supervisor.ready(&mut vm, fd)?;
                 follow(&mut vm, &mut supervisor, next)?
             };
             if end.is_some() {
@@ -58,10 +64,6 @@ pub(crate) fn run(mut vm: Vm, mut supervisor: Supervisor) -> Result<Outcome, Run
     let outcome = supervisor.finish(&mut vm, verdict, stop);
     vm.kill();
     Ok(outcome)
-}
-
-fn ready(vm: &mut Vm, supervisor: &mut Supervisor, fd: RawFd) -> Result<Next, RunError> {
-    supervisor.ready(vm, fd)
 }
 
 /// The world stands, for this stop.

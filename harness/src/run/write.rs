@@ -9,6 +9,7 @@ use trapline_vmm::debug::VcpuId;
 use trapline_vmm::vcpu::Registers;
 
 use super::look::Seen;
+use super::outputs::{self, CONSOLE, EVENTS, JUNIT, PAGE};
 use super::supervisor::Supervisor;
 use crate::bundle::{self, WriteBundleError};
 use crate::files::{WriteError, write_atomically};
@@ -28,9 +29,6 @@ enum Trouble {
     Write(#[from] WriteError),
 }
 
-/// The core's name in a report.
-const CORE: &str = "vmcore";
-
 impl Supervisor {
     /// Writes the machine as it stands, where that was asked for; what went wrong, in words.
     pub(super) fn write_core(&mut self, vm: &mut Vm, report: &mut Report) -> Vec<String> {
@@ -46,7 +44,7 @@ impl Supervisor {
         if let Some(dir) = self.outputs.report.clone() {
             match self.machine(vm, &dir) {
                 Ok(()) => {
-                    self.note(report, "vmcore", &dir.join(CORE));
+                    self.note(report, "vmcore", &dir.join(bundle::CORE));
                     self.note(report, "state", &dir.join(bundle::STATE));
                 }
                 Err(trouble) => problems.push(trouble.to_string()),
@@ -58,7 +56,7 @@ impl Supervisor {
     /// Saves the machine, which stands, so that `trapline open` finds it in `dir`.
     fn machine(&mut self, vm: &mut Vm, dir: &Path) -> Result<(), Trouble> {
         // Not compressed: it is what the guest's memory is taken from.
-        self.core(vm, &dir.join(CORE), Form::Elf)?;
+        self.core(vm, &dir.join(bundle::CORE), Form::Elf)?;
         Ok(bundle::write(vm, dir)?)
     }
 
@@ -79,7 +77,7 @@ impl Supervisor {
 
     /// Saves the machine as it stands in a directory of its own beside the report, for a trap that wants no more.
     pub(super) fn snapshot(&mut self, vm: &mut Vm) {
-        let name = format!("snapshot-{}", self.snapshots.len() + 1);
+        let name = outputs::snapshot(self.snapshots.len() + 1);
         let Some(dir) = self.outputs.in_report(&name) else { return };
         let made = fs::create_dir_all(&dir).map_err(|source| Trouble::Write(WriteError { path: dir.clone(), source }));
         match made.and_then(|()| self.machine(vm, &dir)) {
@@ -95,11 +93,11 @@ impl Supervisor {
     /// Writes everything that is made from the report.
     pub(super) fn write_files(&mut self, report: &mut Report) {
         if let Some(dir) = self.outputs.report.clone() {
-            self.note(report, "console", &dir.join("console.log"));
-            self.note(report, "report", &dir.join("report.json"));
-            self.note(report, "junit", &dir.join("junit.xml"));
-            self.note(report, "events", &dir.join("events.ndjson"));
-            self.note(report, "page", &dir.join("index.html"));
+            self.note(report, "console", &dir.join(CONSOLE));
+            self.note(report, "report", &dir.join(bundle::REPORT));
+            self.note(report, "junit", &dir.join(JUNIT));
+            self.note(report, "events", &dir.join(EVENTS));
+            self.note(report, "page", &dir.join(PAGE));
             for name in &self.snapshots {
                 self.note(report, name, &dir.join(name));
             }
@@ -120,8 +118,8 @@ impl Supervisor {
 }
 
 fn in_dir(dir: &Path, report: &Report) -> Result<(), WriteError> {
-    write_atomically(&dir.join("junit.xml"), |out| report.write_junit(out))?;
-    write_atomically(&dir.join("index.html"), |out| report.write_page(out))?;
+    write_atomically(&dir.join(JUNIT), |out| report.write_junit(out))?;
+    write_atomically(&dir.join(PAGE), |out| report.write_page(out))?;
     // Last: whoever finds it finds all of the others.
-    write_atomically(&dir.join("report.json"), |out| report.write_json(out))
+    write_atomically(&dir.join(bundle::REPORT), |out| report.write_json(out))
 }
