@@ -248,6 +248,11 @@ impl ConsoleHandle {
     }
 }
 
+/// What a line of the kernel's log says, without its time stamp.
+pub(crate) fn message(line: &str) -> &str {
+    &line[text::log_prefix(line)..]
+}
+
 fn locked(shared: &Mutex<Heard>) -> MutexGuard<'_, Heard> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -341,7 +346,7 @@ impl Heard {
         let line = ConsoleLine { at_ms: self.now_ms(), text: text::lossy(&stripped) };
         self.match_patterns(&stripped, &line, false);
         self.number += 1;
-        let message = &line.text[text::log_prefix(&line.text)..];
+        let message = message(&line.text);
         if self.booted_ms.is_none() && kernel::starts_first_program(message) {
             self.booted_ms = Some(line.at_ms);
             self.tell(ConsoleEvent::Booted { at_ms: line.at_ms });

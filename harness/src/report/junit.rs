@@ -1,7 +1,7 @@
 //! JUnit's XML, as CI systems read it.
 //!
 //! Suites: `boot` (did the guest come up and end as it should), `traps` (one test for each rule), and one for each suite of tests
-//! that the guest reported. What depends on the moment is in the attributes `time` and `timestamp` alone.
+//! that the guest reported. What depends on the moment is in the attributes `time` and `timestamp` and in `<system-out>` alone.
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -55,24 +55,25 @@ fn boot(report: &Report) -> TestSuite {
     // A run that did not pass is red in one place: where the reason is, else here.
     let elsewhere = verdict.guest_status.is_some_and(|status| status != 0)
         || report.traps.iter().any(|trap| trap.outcome != Outcome::Passed);
-    let status = match verdict.kind {
-        _ if verdict.exit_code == 0 => TestCaseStatus::success(),
-        VerdictKind::Timeout | VerdictKind::Died | VerdictKind::Killed => {
-            failure(NonSuccessKind::Error, &verdict.text, &words::stop(report))
-        }
-        _ if elsewhere => TestCaseStatus::success(),
-        _ => failure(NonSuccessKind::Failure, &verdict.text, &words::stop(report)),
+    let kind = match verdict.kind {
+        _ if verdict.exit_code == 0 => None,
+        VerdictKind::Timeout | VerdictKind::Died | VerdictKind::Killed => Some(NonSuccessKind::Error),
+        _ if elsewhere => None,
+        _ => Some(NonSuccessKind::Failure),
     };
-    let mut case = TestCase::new("run", status);
+    let mut case = match kind {
+        Some(kind) => decisive_case("run", kind, report),
+        None => TestCase::new("run", TestCaseStatus::success()),
+    };
     case.set_classname("boot").set_time(Duration::from_millis(report.timing.duration_ms));
     suite.add_test_case(case);
 
     if let Some(status) = verdict.guest_status {
-        let status = match status {
-            0 => TestCaseStatus::success(),
-            _ => failure(NonSuccessKind::Failure, &verdict.text, ""),
+        let name = "guest status";
+        let mut case = match status {
+            0 => TestCase::new(name, TestCaseStatus::success()),
+            _ => decisive_case(name, NonSuccessKind::Failure, report),
         };
-        let mut case = TestCase::new("guest status", status);
         case.set_classname("boot");
         suite.add_test_case(case);
     }
@@ -86,16 +87,29 @@ fn boot(report: &Report) -> TestSuite {
 
 fn trap_case(report: &Report, index: usize, trap: &TrapRecord) -> TestCase {
     let decided = report.verdict.trap == Some(index);
-    let status = match trap.outcome {
-        Outcome::Passed => TestCaseStatus::success(),
-        Outcome::Fired if decided => failure(NonSuccessKind::Failure, &report.verdict.text, &words::stop(report)),
-        Outcome::Fired => failure(NonSuccessKind::Failure, "it fired", ""),
-        Outcome::Missed => failure(NonSuccessKind::Error, "it was to be hit and never was", &words::targets(trap)),
+    let name = trap.name.as_str();
+    let mut case = match trap.outcome {
+        Outcome::Passed => TestCase::new(name, TestCaseStatus::success()),
+        Outcome::Fired if decided => decisive_case(name, NonSuccessKind::Failure, report),
+        Outcome::Fired => TestCase::new(name, failure(NonSuccessKind::Failure, "it fired", "")),
+        Outcome::Missed => {
+            let why = "it was to be hit and never was";
+            TestCase::new(name, failure(NonSuccessKind::Error, why, &words::targets(trap)))
+        }
     };
-    let mut case = TestCase::new(trap.name.as_str(), status);
     case.set_classname("traps");
     if trap.name != trap.rule {
         case.add_property(("rule", trap.rule.as_str()));
+    }
+    case
+}
+
+/// The test that has ended the run: what stopped there, and beside it what every vCPU was doing, which is another in each run.
+fn decisive_case(name: &str, kind: NonSuccessKind, report: &Report) -> TestCase {
+    let mut case = TestCase::new(name, failure(kind, &report.verdict.text, &words::stop(report)));
+    let vcpus = words::vcpus(report);
+    if !vcpus.is_empty() {
+        case.set_system_out(vcpus);
     }
     case
 }

@@ -108,6 +108,8 @@ impl Summary {
                 let _ = write!(place, ", {}", plain(&words::source(source)));
             }
             self.row("at", &place);
+        } else if let Some(vcpu) = stop.vcpu {
+            self.row("on", &format!("vCPU {vcpu}"));
         }
         if let Some(change) = &stop.change {
             self.row("value", &words::change(change));

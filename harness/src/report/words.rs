@@ -145,12 +145,28 @@ pub(super) fn stop(report: &Report) -> String {
             let _ = write!(text, " ({})", source(place));
         }
         text.push('\n');
+    } else if let Some(vcpu) = stop.vcpu {
+        let _ = writeln!(text, "on vCPU {vcpu}");
     }
     if let Some(values) = &stop.change {
         let _ = writeln!(text, "value {}", change(values));
     }
     if !stop.backtrace.is_empty() {
         let _ = write!(text, "backtrace of vCPU {}:\n{}", stop.vcpu.unwrap_or_default(), backtrace(&stop.backtrace));
+    }
+    text
+}
+
+/// What each vCPU was doing when the run was stopped, with its backtrace. Empty if nothing stopped it.
+pub(super) fn vcpus(report: &Report) -> String {
+    let mut text = String::new();
+    for vcpu in report.stop.iter().flat_map(|stop| &stop.timing.vcpus) {
+        let interrupts = if vcpu.interrupts { "" } else { ", interrupts off" };
+        let _ = writeln!(text, "vCPU {}: {} at {}{interrupts}", vcpu.vcpu, vcpu.activity, vcpu.at);
+        text.push_str(&backtrace(&vcpu.backtrace));
+        if let Some(why) = &vcpu.backtrace_ends {
+            let _ = writeln!(text, "  it ends there: {why}");
+        }
     }
     text
 }

@@ -15,6 +15,9 @@ use crate::report::{
     TrapTiming, VerdictRecord,
 };
 
+/// The privilege level of a guest's programs.
+const USER: u8 = 3;
+
 /// What a run came to.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
@@ -142,12 +145,24 @@ impl Supervisor {
         if vm.pause().is_err() {
             return None;
         }
+        // No place in the program that gave the status, or in the guest's way out, says more than the verdict.
+        let is_in_a_program = |vcpu| vm.glance(vcpu).is_ok_and(|glance| glance.cpl == USER);
+        match verdict {
+            Verdict::TestsFailed(_) => return None,
+            Verdict::GuestFailed(_) if self.ended_on.is_some_and(is_in_a_program) => return None,
+            _ => {}
+        }
         let vcpu = self.ended_on.or(match verdict {
             Verdict::TimedOut(_) => None,
             _ => Some(VcpuId(0)),
         });
         let found = self.look_around(vm, verdict.to_string(), vcpu);
-        found.inspect_err(|error| tracing::warn!("what the vCPUs were doing is not known: {error}")).ok()
+        let mut stop =
+            found.inspect_err(|error| tracing::warn!("what the vCPUs were doing is not known: {error}")).ok()?;
+        if let Verdict::Died(Crash::TripleFault { state_lost: true }) = verdict {
+            forget_place(&mut stop);
+        }
+        Some(stop)
     }
 
     fn make_report(&self, verdict: &Verdict, stop: Option<StopRecord>, tests: Vec<TestRecord>, at: Instant) -> Report {
@@ -215,6 +230,18 @@ impl Supervisor {
             })
         };
         self.traps.iter().filter_map(lost).collect()
+    }
+}
+
+/// KVM has reset the vCPU that the stop is about: where that is now is not where it was.
+fn forget_place(stop: &mut StopRecord) {
+    stop.at = None;
+    stop.source = None;
+    stop.backtrace.clear();
+    let its = stop.timing.vcpus.iter_mut().find(|vcpu| stop.vcpu == Some(vcpu.vcpu));
+    if let Some(vcpu) = its {
+        vcpu.backtrace.clear();
+        vcpu.backtrace_ends = Some("this KVM has reset its registers".to_owned());
     }
 }
 

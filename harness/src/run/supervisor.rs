@@ -33,7 +33,7 @@ use super::trap::{Callback, Counted, Counters, Fired, LOG_ROOM, PortPoint, Trap}
 use super::watchdog::Watchdog;
 use super::{Outputs, RunError};
 use crate::Verdict;
-use crate::console::{ConsoleEvent, ConsoleHandle};
+use crate::console::{self, ConsoleEvent, ConsoleHandle};
 use crate::report::{
     Change, Event, FrameRecord, HitRecord, HitTiming, Input, ProgressState, SCHEMA, StopRecord, TargetRecord,
     TestResult,
@@ -421,9 +421,10 @@ impl Supervisor {
         for hit in hits {
             let Some(trap) = self.traps.get(hit.trap).cloned() else { continue };
             done |= trap.rule.once;
+            // The place may be in a module; its bare address would be another in each run.
+            self.learn_modules(vm, hit.vcpu);
             let backtrace = match trap.rule.action {
                 Action::Backtrace => {
-                    self.learn_modules(vm, hit.vcpu);
                     let registers = vm.registers(hit.vcpu)?;
                     let unwinder = self.unwinder.get_or_insert_with(|| Unwinder::new(self.symbols.clone()));
                     look::backtrace(vm, &self.symbols, unwinder, hit.vcpu, &registers)?.0
@@ -492,7 +493,7 @@ impl Supervisor {
             if !trap.is_due(hits_before) {
                 continue;
             }
-            let reason = format!("{}: the console says: {}", trap.rule.title(), line.text.trim());
+            let reason = format!("{}: the console says: {}", trap.rule.title(), console::message(&line.text).trim());
             if trap.rule.action == Action::Fail {
                 self.console_line = self.console_line.or(Some(number));
             }
@@ -504,8 +505,8 @@ impl Supervisor {
         Ok(next)
     }
 
-    /// The hangs that rules have not heard of: trap, vCPU, and for how long; the longest first. A rule hears of each hang once,
-    /// which is over when the vCPU gets on.
+    /// The hangs that rules have not heard of: trap, vCPU, and the time that the rule says; the longest first. A rule hears of
+    /// each hang once, which is over when the vCPU gets on.
     fn find_hangs(&mut self, vm: &mut Vm) -> Vec<(usize, VcpuId, Duration)> {
         let Some(hangs) = &mut self.hangs else { return Vec::new() };
         let now = Instant::now();
@@ -518,14 +519,19 @@ impl Supervisor {
                 continue;
             };
             for (trap, planned) in self.plan.iter().enumerate() {
-                let wants = planned.points.iter().any(|p| matches!(p.by, By::Hang(least) if least <= time));
-                if wants && hangs.told.insert((trap, vcpu)) {
-                    found.push((trap, vcpu, time));
+                let wanted = planned.points.iter().find_map(|point| match point.by {
+                    By::Hang(least) if least <= time => Some(least),
+                    _ => None,
+                });
+                if let Some(least) = wanted
+                    && hangs.told.insert((trap, vcpu))
+                {
+                    found.push((time, trap, vcpu, least));
                 }
             }
         }
-        found.sort_by_key(|(trap, _, time)| (std::cmp::Reverse(*time), *trap));
-        found
+        found.sort_by_key(|(time, trap, ..)| (std::cmp::Reverse(*time), *trap));
+        found.into_iter().map(|(_, trap, vcpu, least)| (trap, vcpu, least)).collect()
     }
 
     fn hung(&mut self, vm: &mut Vm, trap: usize, vcpu: VcpuId, time: Duration) -> Result<Next, RunError> {
@@ -534,7 +540,8 @@ impl Supervisor {
         if !this.is_due(hits_before) {
             return Ok(Next::Nothing);
         }
-        let reason = format!("{vcpu} has made no progress for {:.1} s, with interrupts off", time.as_secs_f64());
+        // What the rule says, not what was measured: that is another in each run.
+        let reason = format!("{vcpu} has made no progress for {time:?}, with interrupts off");
         self.stop_for(vm, trap, Some(vcpu), hits_before, reason)
     }
 
@@ -575,6 +582,8 @@ impl Supervisor {
         }
         let who = vcpu.unwrap_or(VcpuId(0));
         let pc = vm.registers(who)?.pc();
+        self.look_for_slide(vm)?;
+        self.learn_modules(vm, who);
         let hit = Counted { trap, vcpu: who, at, pc, change: None, hits_before };
         let record = self.record(&hit, false, Vec::new());
         self.remember(record);

@@ -241,6 +241,9 @@ pub(super) fn step(entry: Entry, place: &Place, memory: &dyn Memory) -> Result<P
             if entry.signal { Place { kind: super::FrameKind::Exact, ..next } } else { next }
         }
         Kind::Registers => Place::of_pt_regs(sp, !entry.signal, memory)?,
+        // Behind a call the rest is saved, too: error_entry() and paranoid_entry(), the only functions that such entry code
+        // calls, leave it on the stack below their return address, and the entry is that of the call.
+        Kind::Iret if place.kind == super::FrameKind::Call => Place::of_pt_regs(place.sp, !entry.signal, memory)?,
         // Entry code that has not saved the registers yet has not changed them either.
         Kind::Iret => Place::of_iret_frame(sp, !entry.signal, place.general, memory)?,
         Kind::Undefined | Kind::End => return Err(End::Lost(super::NOTHING_KNOWN)),

@@ -17,7 +17,8 @@ pub struct Segment {
     pub base: u64,
     /// Limit in bytes.
     pub limit: u32,
-    /// Access rights: type in bits 3:0, S 4, DPL 6:5, P 7, AVL 12, L 13, D/B 14, G 15, unusable 16.
+    /// Access rights: type in bits 3:0, S 4, DPL 6:5, P 7, AVL 12, L 13, D/B 14, G 15, unusable 16. Type, S, P and AVL of
+    /// an unusable segment mean nothing and are 0.
     pub attributes: u32,
 }
 

@@ -19,6 +19,9 @@
 //!         # list_add: EXPECTATION ..     for the next result of the level, if that is a failure
 //!         not ok 1 list_add
 //! ```
+//!
+//! A kernel module may put its name before all that it says (`pr_fmt`). Where `NAME: KTAP version 1` begins a stream, the
+//! name is taken off the lines that have it.
 
 mod interleaved;
 mod syntax;
@@ -49,6 +52,8 @@ pub(super) struct Tap {
     stream: u32,
     /// The stream has said `TAP version`.
     versioned: bool,
+    /// What a module puts before each of its lines.
+    module: Option<String>,
     /// Name of the subtest that comes next.
     pending_name: Option<String>,
     /// Column of a YAML block that has begun.
@@ -121,6 +126,10 @@ impl Tap {
 
     fn whole_line(&mut self, line: &str, at_ms: u64) {
         let line = line[text::log_prefix(line)..].trim_end();
+        if let Some(module) = syntax::module_of_version(line) {
+            self.module = Some(module.to_owned());
+        }
+        let line = self.module.as_deref().and_then(|module| line.strip_prefix(module)).unwrap_or(line);
         let (column, body) = self.unindent(line);
         if body.is_empty() || self.in_yaml(column, body) {
             return;
@@ -364,14 +373,12 @@ impl Tap {
             let Some(level) = self.levels.pop() else { break };
             let is_the_results = self.levels.last().is_some_and(|top| top.column <= column + 1);
             let result = result.filter(|name| is_the_results && !name.is_empty());
-            let unnamed = level.name.is_none();
             let name = level.name.or_else(|| result.map(str::to_owned)).unwrap_or_else(|| "unnamed".to_owned());
-            if unnamed {
-                for record in &mut self.records[level.first..] {
-                    if let Some(suite) = record.suite.get_mut(depth - 1).filter(|suite| suite.is_empty()) {
-                        self.bytes += name.len();
-                        suite.clone_from(&name);
-                    }
+            // Those that came before the name was known: it may come late, or not at all.
+            for record in &mut self.records[level.first..] {
+                if let Some(suite) = record.suite.get_mut(depth - 1).filter(|suite| suite.is_empty()) {
+                    self.bytes += name.len();
+                    suite.clone_from(&name);
                 }
             }
             closed = (level.seen.len() as u64, level.diagnostics);

@@ -58,6 +58,13 @@ pub(super) fn parse(line: &str) -> Syntax<'_> {
     plan(line).or_else(|| result(line)).unwrap_or(Syntax::Other)
 }
 
+/// `NAME: ` in `NAME: KTAP version 1`.
+pub(super) fn module_of_version(line: &str) -> Option<&str> {
+    let (name, version) = line.split_once(": ")?;
+    let is_name = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte));
+    (is_name && parse(version) == Syntax::Version).then(|| &line[..line.len() - version.len()])
+}
+
 fn plan(line: &str) -> Option<Syntax<'_>> {
     let (last, rest) = number(line.strip_prefix("1..")?);
     let (last, rest) = (last?, rest.trim_start());
@@ -207,6 +214,9 @@ mod tests {
         assert_eq!(parse("TAP version 14"), Syntax::Version);
         assert_eq!(parse("KTAP version 1"), Syntax::Version);
         assert_eq!(parse("TAP version"), Syntax::Other);
+        assert_eq!(module_of_version("a_module: KTAP version 1"), Some("a_module: "));
+        assert_eq!(module_of_version("a module: KTAP version 1"), None);
+        assert_eq!(module_of_version("a_module: KTAP version"), None);
         assert_eq!(parse("1..12"), Syntax::Plan { last: 12, skip: None });
         assert_eq!(parse("1..0 # SKIP no such bus"), Syntax::Plan { last: 0, skip: Some("no such bus") });
         assert_eq!(parse("1..x"), Syntax::Other);

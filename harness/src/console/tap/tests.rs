@@ -54,6 +54,34 @@ noise
 }
 
 #[test]
+fn a_module_puts_its_name_before_all_that_it_says() {
+    let output = "\
+[    1.000001] a_module: KTAP version 1
+[    1.000002] a_module: 1..3
+[    1.000003] a_module: ok 1 opens
+[    1.000004] other: ok 7 is none of it
+[    1.000005] a_module: # expected 1, got 2
+[    1.000006] a_module: not ok 2 reads
+[    1.000007] a_module: ok 3 writes # SKIP not today
+";
+    let is = ["1 1 opens: ok", "1 2 reads: failed (expected 1, got 2)", "1 3 writes: skipped (not today)"];
+    assert_eq!(told(output), is);
+}
+
+#[test]
+fn a_suites_name_may_come_behind_the_tests_of_a_suite_in_it() {
+    let output = "\
+TAP version 13
+# TAP version 13
+    ok
+  1..3
+  # Subtest: late
+";
+    let told = told(output);
+    assert!(!told.is_empty() && told.iter().all(|test| test.contains("late")), "{told:#?}");
+}
+
+#[test]
 fn tap_12_has_no_version_and_may_plan_late() {
     assert_eq!(told("ok 1\nnot ok 2 x\n1..3\n"), ["1 1 : ok", "1 2 x: failed", "1 3 : missing"]);
     assert_eq!(told("1..2\nok 1\nok 2\n"), ["1 1 : ok", "1 2 : ok"]);

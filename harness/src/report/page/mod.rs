@@ -104,6 +104,8 @@ fn stop(page: &mut Html, report: &Report) {
             page.text(format_args!(" on vCPU {vcpu}"));
         }
         page.raw("</dd>");
+    } else if let Some(vcpu) = stop.vcpu {
+        row(page, "Where", &format!("on vCPU {vcpu}"));
     }
     if let Some(source) = &stop.source {
         page.raw("<dt>Source</dt><dd>").element("code", words::source(source)).raw("</dd>");

@@ -33,8 +33,8 @@ fn symbols(percpu: bool) -> Vec<Line> {
     }
     let functions = (0..1500).map(|n| (TEXT + n * 0x35, if n % 3 == 0 { b't' } else { b'T' }, format!("function_{n}")));
     symbols.extend(functions);
-    // Longer than one byte can say, as Rust's are.
-    symbols.push((TEXT + 0x100_0000, b't', format!("_R{}", "x".repeat(300))));
+    // Packed, too, longer than one byte can say, as names of Rust are: no token of more than a letter fits into it.
+    symbols.push((TEXT + 0x100_0000, b't', format!("_R{}", "y".repeat(300))));
     symbols
 }
 

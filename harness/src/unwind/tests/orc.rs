@@ -200,6 +200,20 @@ fn entry_code_that_has_saved_nothing_yet() {
 }
 
 #[test]
+fn entry_code_whose_registers_a_function_saves_for_it() {
+    for format in FORMATS {
+        // error_entry() leaves them on the stack below its own return address, of which the call's entry does not know.
+        let rows = [&[call(0, 8), row(0x20, Kind::Iret, SP, 8)][..], &rows_of_caller()].concat();
+        let saved = Saved { ip: 0x40_1234, cs: 0x33, sp: 0x7fff_1000, bp: 0x77 };
+        let memory = memory().words(STACK, &[TEXT + 0x25]).words(STACK + 8, &pt_regs(&saved));
+        let backtrace = unwind(kernel(format, &rows), &kernel_at(TEXT + 0x10, STACK), &memory);
+        let user = Frame { pc: 0x40_1234, sp: 0x7fff_1000, kind: FrameKind::User };
+        assert_eq!(pcs(&backtrace), [TEXT + 0x10, TEXT + 0x25, 0x40_1234], "{format:?}");
+        assert_eq!((backtrace.frames[2], backtrace.end), (user, End::User));
+    }
+}
+
+#[test]
 fn an_unsorted_table_is_sorted_and_weak_entries_come_first() {
     for format in FORMATS {
         let ended = row(0x40, Kind::Undefined, 0, 0);
