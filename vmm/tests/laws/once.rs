@@ -1,7 +1,10 @@
 //! Laws 13, 14 and 22: every crossing of a breakpoint by every vCPU is told exactly once.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+
 use trapline_guests::fixture::{self, cpu_field, user_field};
-use trapline_vmm::debug::{Breakpoint, RunMode, Stop, StopReason, Trigger, VcpuId};
+use trapline_vmm::debug::{Breakpoint, Disposition, Handler, Hit, Owner, RunMode, Stop, StopReason, Trigger, VcpuId};
 
 use crate::booted::Booted;
 use crate::clock::wait_for;
@@ -13,6 +16,7 @@ pub(crate) fn laws() -> Vec<Law> {
     vec![
         law!(l13_exactly_once_toggling_1000_rounds, Kick),
         law!(l13_exactly_once_on_one_vcpu),
+        law!(l13_exactly_once_where_interrupts_are_taken, Kick),
         law!(l13_exactly_once_on_neighbouring_instructions, Kick),
         law!(l13_exactly_once_in_ring_3, Kick, ExecInRing3),
         law!(l13_a_vcpu_that_came_back_to_its_breakpoint_is_told_of_again, Kick),
@@ -155,6 +159,34 @@ fn l13_exactly_once_on_neighbouring_instructions() {
         assert_eq!([rig.field(cpu, cpu_field::HITS), rig.field(cpu, cpu_field::SECOND)], expected);
     }
     assert!(told.iter().flatten().all(|&times| times > 10), "{told:?}");
+}
+
+/// Three breakpoints in a row are a loop's every instruction: an interrupt is taken at one of them.
+fn l13_exactly_once_where_interrupts_are_taken() {
+    const TICKS: u64 = 300;
+    let mut rig = Rig::one("irqspin_timer");
+    let bps = ["timer_spin0", "timer_spin1", "timer_spin2"].map(|label| Breakpoint::exec(at(label)));
+    let told = Arc::new([const { AtomicU64::new(0) }; 3]);
+    for (n, bp) in bps.into_iter().enumerate() {
+        let told = told.clone();
+        let counting = move |_: &mut Hit<'_>| {
+            told[n].fetch_add(1, SeqCst);
+            Disposition::Continue
+        };
+        rig.coordinator.set_trap(Owner::harness(0), bp, Some(Handler::new(counting))).unwrap();
+    }
+    assert_eq!(rig.go(), None);
+    wait_for("its timer to tick", || (rig.field(0, cpu_field::TIMER) >= TICKS).then_some(()));
+    rig.interrupt();
+    let [first, second, third] = [0, 1, 2].map(|n| told[n].load(SeqCst));
+    let (hits, r9) = (rig.field(0, cpu_field::HITS), rig.registers(0).r9);
+    // Where it stands it may have been told of already.
+    let pc = rig.pc(0);
+    let ahead = |n: usize| u64::from(pc == bps[n].addr);
+    assert!((hits..=hits + ahead(0)).contains(&first), "{hits} times executed, told of {first} times");
+    assert!((r9..=r9 + ahead(1)).contains(&second), "{r9} times executed, told of {second} times");
+    assert!((hits - 1..=hits).contains(&third), "{hits} rounds, told of {third} times");
+    rig.assert_guest_undisturbed();
 }
 
 fn l13_exactly_once_in_ring_3() {
