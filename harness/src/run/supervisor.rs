@@ -489,10 +489,7 @@ impl Supervisor {
             else {
                 continue;
             };
-            let hits_before = trap.counters.count(VcpuId(0));
-            if !trap.is_due(hits_before) {
-                continue;
-            }
+            let Some(hits_before) = trap.count(VcpuId(0)).filter(|before| trap.is_due(*before)) else { continue };
             let reason = format!("{}: the console says: {}", trap.rule.title(), console::message(&line.text).trim());
             if trap.rule.action == Action::Fail {
                 self.console_line = self.console_line.or(Some(number));
@@ -536,10 +533,9 @@ impl Supervisor {
 
     fn hung(&mut self, vm: &mut Vm, trap: usize, vcpu: VcpuId, time: Duration) -> Result<Next, RunError> {
         let Some(this) = self.traps.get(trap).cloned() else { return Ok(Next::Nothing) };
-        let hits_before = this.counters.count(vcpu);
-        if !this.is_due(hits_before) {
+        let Some(hits_before) = this.count(vcpu).filter(|before| this.is_due(*before)) else {
             return Ok(Next::Nothing);
-        }
+        };
         // What the rule says, not what was measured: that is another in each run.
         let reason = format!("{vcpu} has made no progress for {time:?}, with interrupts off");
         self.stop_for(vm, trap, Some(vcpu), hits_before, reason)

@@ -49,10 +49,22 @@ impl Counters {
 
     /// One more on this vCPU; how many there were on all of them before.
     pub(crate) fn count(&self, vcpu: VcpuId) -> u64 {
+        self.count_for(vcpu);
+        self.total.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn count_for(&self, vcpu: VcpuId) {
         if let Some(hits) = self.hits.get(vcpu.index()) {
             hits.fetch_add(1, Ordering::Relaxed);
         }
-        self.total.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The same, unless there are so many already: then it is none more.
+    pub(crate) fn count_up_to(&self, most: u64, vcpu: VcpuId) -> Option<u64> {
+        let one_more = |total: u64| (total < most).then_some(total + 1);
+        let before = self.total.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).ok()?;
+        self.count_for(vcpu);
+        Some(before)
     }
 
     pub(crate) fn by_vcpu(&self) -> Vec<u64> {
@@ -113,6 +125,15 @@ pub(crate) struct Trap {
 }
 
 impl Trap {
+    /// One hit more, and how many there were before. `once` is up to the hit that the action is taken for: what other
+    /// vCPUs hit until the trap is disarmed is none. A callback may let any hit go, so it has to see each.
+    pub(crate) fn count(&self, vcpu: VcpuId) -> Option<u64> {
+        if self.rule.once && self.callback.is_none() {
+            return self.counters.count_up_to(self.rule.count.unwrap_or(1), vcpu);
+        }
+        Some(self.counters.count(vcpu))
+    }
+
     /// Whether a hit that so many came before is one of those that the action is taken for. Asked once for each.
     pub(crate) fn is_due(&self, hits_before: u64) -> bool {
         let is_counted = hits_before + 1 >= self.rule.count.unwrap_or(1);
@@ -203,7 +224,7 @@ impl Point {
             return Disposition::Continue;
         }
         let (vcpu, pc) = (hit.vcpu, hit.pc);
-        let hits_before = trap.counters.count(vcpu);
+        let Some(hits_before) = trap.count(vcpu) else { return Disposition::Continue };
         if let Some(callback) = &trap.callback {
             let mut seen = TrapHit { hit, change, hits_before };
             if callback(&mut seen) == Disposition::Continue {
@@ -310,7 +331,7 @@ impl PortPoint {
         if !holds {
             return Disposition::Continue;
         }
-        let hits_before = trap.counters.count(vcpu);
+        let Some(hits_before) = trap.count(vcpu) else { return Disposition::Continue };
         trap.act(Counted { trap: trap.index, vcpu, at: Instant::now(), pc, change, hits_before })
     }
 }
@@ -400,5 +421,29 @@ impl Context for Moment<'_, '_> {
 
     fn new_value(&self) -> Option<u64> {
         self.change.map(|change| change.new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trap(rule: &str) -> Trap {
+        let rule = crate::rules::parse(rule).unwrap();
+        let (log, _) = sync_channel(1);
+        Trap { index: 0, rule, counters: Arc::new(Counters::new(2)), callback: None, log, fired: Arc::default() }
+    }
+
+    /// Both vCPUs hit it at once: nobody has been told yet that it is done.
+    #[test]
+    fn a_trap_that_acts_once_counts_up_to_that_hit() {
+        let once = trap("exec:f count=3 once =log");
+        let counted: Vec<_> = (0..6).map(|n| once.count(VcpuId(n % 2))).collect();
+        assert_eq!(counted, [Some(0), Some(1), Some(2), None, None, None]);
+        assert_eq!((once.counters.by_vcpu(), once.counters.total()), (vec![2, 1], 3));
+        assert_eq!((0..3).map(|before| once.is_due(before)).collect::<Vec<_>>(), [false, false, true]);
+
+        let always = trap("exec:f count=3 =log");
+        assert_eq!((0..6).filter_map(|n| always.count(VcpuId(n % 2))).filter(|n| always.is_due(*n)).count(), 4);
     }
 }
