@@ -86,10 +86,22 @@ impl Comparison {
     }
 
     /// Compares the backtraces of all vCPUs.
-    pub(crate) fn all(&mut self, bench: &mut Bench) {
-        for vcpu in 0..bench.vm.vcpus() as u32 {
-            self.one(bench, VcpuId(vcpu));
+    ///
+    /// # Errors
+    /// A vCPU is where no vCPU of this guest can be: who emulates the processor has lost it.
+    pub(crate) fn all(&mut self, bench: &mut Bench) -> Result<(), String> {
+        let vcpus = (0..bench.vm.vcpus() as u32).map(VcpuId);
+        for vcpu in vcpus.clone() {
+            let registers = bench.vm.registers(vcpu).unwrap();
+            // Its code may not be there yet in a program; the kernel's always is.
+            if registers.cpl() == 0 && Seen::by(&registers, &bench.vm).read(registers.pc(), &mut [0]) == 0 {
+                return Err(format!("{vcpu} is at {:#x}, where there is nothing", registers.pc()));
+            }
         }
+        for vcpu in vcpus {
+            self.one(bench, vcpu);
+        }
+        Ok(())
     }
 
     fn one(&mut self, bench: &mut Bench, vcpu: VcpuId) {
@@ -132,7 +144,8 @@ impl Comparison {
                     // gdb knows nothing of what user space was doing.
                     return Ok(());
                 }
-                now = registers_of(&frame, &now, bench)?;
+                let behind = self.function(&backtrace.frames[at - 1]);
+                now = registers_of(&frame, &now, behind.as_deref(), bench)?;
                 bench.vm.set_registers(vcpu, &now).unwrap();
                 self.tally.resumed += 1;
             }
@@ -212,6 +225,11 @@ impl Comparison {
         ours == gdbs || !self.is_described(addr) && self.symbols.find(gdbs).iter().any(spans)
     }
 
+    fn function(&self, frame: &Frame) -> Option<String> {
+        let one = Backtrace { frames: vec![*frame], end: End::Complete };
+        records(&self.symbols, &one).into_iter().next_back().map(|record| record.function)
+    }
+
     fn is_described(&self, addr: u64) -> bool {
         let behind = self.described.partition_point(|(start, _)| *start <= addr);
         behind > 0 && addr < self.described[behind - 1].1
@@ -254,15 +272,15 @@ impl Tally {
     }
 }
 
-/// The registers that a vCPU would have, had it got back to `frame`; they were `inner` further in.
-fn registers_of(frame: &Frame, inner: &Registers, bench: &Bench) -> Result<Registers, String> {
+/// The registers that a vCPU would have, had it got back to `frame` from `function`; they were `inner` further in.
+fn registers_of(frame: &Frame, inner: &Registers, function: Option<&str>, bench: &Bench) -> Result<Registers, String> {
     let mut registers = Registers { rip: frame.lookup(), rsp: frame.sp, ..*inner };
     if frame.kind == FrameKind::Exact {
         // An interrupt without a stack of its own: the processor has aligned the stack pointer to 16 bytes, pushed five
         // words, and entry code the other sixteen of a `struct pt_regs`.
         let saved = (frame.sp & !15).wrapping_sub(21 * 8);
         // Entry code that has not got round to pushing them all has not changed any either.
-        if (saved + 1..saved + 16 * 8).contains(&inner.rsp) {
+        if (saved + 1..=saved + 16 * 8).contains(&inner.rsp) {
             return Ok(registers);
         }
         let mut bytes = [0; 21 * 8];
@@ -289,6 +307,26 @@ fn registers_of(frame: &Frame, inner: &Registers, bench: &Bench) -> Result<Regis
             registers.rsi,
             registers.rdi,
         ] = general;
+    }
+    // What __switch_to_asm() has on the stack that it leaves or has come to, and what of that it has still to pop.
+    let switches = frame.kind == FrameKind::Call && function == Some("__switch_to_asm");
+    let pushed = frame.sp.wrapping_sub(7 * 8);
+    let registers_pushed = [
+        &mut registers.r15,
+        &mut registers.r14,
+        &mut registers.r13,
+        &mut registers.r12,
+        &mut registers.rbx,
+        &mut registers.rbp,
+    ];
+    for (addr, register) in
+        (pushed..).step_by(8).zip(registers_pushed).filter(|(addr, _)| switches && *addr >= inner.rsp)
+    {
+        let mut word = [0; 8];
+        if Seen::by(inner, &bench.vm).read(addr, &mut word) < word.len() {
+            return Err(format!("no registers at {addr:#x} lead to {:#x}", frame.pc));
+        }
+        *register = u64::from_le_bytes(word);
     }
     Ok(registers)
 }

@@ -144,14 +144,20 @@ impl Bench {
     ///
     /// At a stop that comes while gdb is attached, gdb leaves inlined functions out that begin where the vCPU stands:
     /// for a person who steps they have not been called yet.
-    pub(crate) fn run_for(&mut self, time: Duration) {
+    ///
+    /// # Errors
+    /// The guest does not run any more.
+    pub(crate) fn run_for(&mut self, time: Duration) -> Result<(), String> {
         self.run("detach");
-        assert!(self.vm.is_running());
         let until = Instant::now() + time;
-        while Instant::now() < until {
+        while self.vm.is_running() && Instant::now() < until {
             self.serve();
         }
+        if !self.vm.is_running() {
+            return Err(format!("it stands: {:?}", self.vm.ended()));
+        }
         self.connect();
+        Ok(())
     }
 
     fn connect(&mut self) {

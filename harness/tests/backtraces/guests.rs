@@ -82,15 +82,26 @@ fn run_until_said(vm: &mut Vm, said: &Said, what: &str) {
     }
 }
 
-/// Stops the guest at random moments and compares all backtraces.
-fn at_random_stops(mut bench: Bench, symbols: Symbols) -> Comparison {
+/// Stops guests at random moments and compares all backtraces, `STOPS` times in all. `attach` boots one. So many of them
+/// may be lost to who emulates their processor.
+fn at_random_stops(mut attach: impl FnMut() -> Bench, symbols: Symbols, losses: usize) -> Comparison {
     let mut comparison = Comparison::new(symbols);
     let mut random = Random::seeded();
-    for _ in 0..STOPS {
-        bench.run_for(Duration::from_micros(random.below(LONGEST_MS * 1000)));
-        comparison.all(&mut bench);
+    let (mut stops, mut lost) = (0, 0);
+    while stops < STOPS {
+        let mut bench = attach();
+        let mut compare = || {
+            bench.run_for(Duration::from_micros(random.below(LONGEST_MS * 1000)))?;
+            comparison.all(&mut bench)
+        };
+        let ended = (stops..STOPS).try_for_each(|_| compare().inspect(|()| stops += 1));
+        bench.vm.kill();
+        if let Err(why) = ended {
+            lost += 1;
+            println!("  a guest is lost after {stops} stops: {why}");
+            assert!(lost <= losses, "{lost} guests are lost");
+        }
     }
-    bench.vm.kill();
     comparison.tally.print();
     comparison
 }
@@ -120,12 +131,23 @@ pub(crate) fn demo() {
     .unwrap();
     run_until_said(&mut vm, &said, "tick");
     let symbols = Symbols::open(&Sources { kernel: Some(file.path()), ..Sources::default() }).unwrap();
-    let comparison = at_random_stops(Bench::attach(vm, file.path()), symbols);
+    let mut booted = Some(vm);
+    let attach = || Bench::attach(booted.take().unwrap(), file.path());
+    let comparison = at_random_stops(attach, symbols, 0);
     comparison.tally.assert_equal(4 * STOPS, 0);
 }
 
 /// A distribution's kernel that forks, reads, and is interrupted.
 pub(crate) fn linux() {
+    let vmlinux = debian().join("vmlinux");
+    let symbols = Symbols::open(&Sources { kernel: Some(&vmlinux), ..Sources::default() }).unwrap();
+    // QEMU's SVM loses this guest now and then: a vCPU then has the registers that L1 has behind its VMRUN, or the guest
+    // dies. It is a matter of the machine under us; a guest that is wrong about its frames is still there to be compared.
+    let comparison = at_random_stops(|| Bench::attach(boot_linux(), &vmlinux), symbols, 3);
+    comparison.tally.assert_equal(4 * STOPS, STOPS / 10);
+}
+
+fn boot_linux() -> Vm {
     let open = |name: &str| {
         let path = debian().join(name);
         File::open(&path).unwrap_or_else(|error| panic!("{}: {error}; guest-images/fetch-debian", path.display()))
@@ -152,8 +174,5 @@ pub(crate) fn linux() {
     })
     .unwrap();
     run_until_said(&mut vm, &said, "trapline-guest: tick 2");
-    let vmlinux = debian().join("vmlinux");
-    let symbols = Symbols::open(&Sources { kernel: Some(&vmlinux), ..Sources::default() }).unwrap();
-    let comparison = at_random_stops(Bench::attach(vm, &vmlinux), symbols);
-    comparison.tally.assert_equal(4 * STOPS, STOPS / 10);
+    vm
 }
