@@ -39,6 +39,8 @@ pub(crate) fn open(args: &OpenArgs) -> anyhow::Result<ExitCode> {
             Symbols::at(Path::new("vmlinux"))
         }
     };
+    let slide = bundle.report.as_ref().map_or(0, |report| report.timing.kernel_slide);
+    let symbols = symbols.moved(slide);
     let session = Session::new(vm, Some(stub), args.timeout)?;
     Ok(attend(session, &args.console, &symbols, Some("where it stood"))?.told())
 }

@@ -91,7 +91,8 @@ pub(crate) fn attend(
         let room = serial.lock().room_event()?;
         session.quit = Some(console::feed(serial, room, terminal.is_some())?);
     }
-    session.announce(symbols, waits, terminal.is_some());
+    session.symbols.clone_from(&symbols.path);
+    session.announce(symbols.slide, waits, terminal.is_some());
     // The terminal is the user's again before anything is said.
     session.run(waits.is_some())
 }
@@ -183,6 +184,8 @@ impl Write for Unbuffered {
 /// Where gdb finds the symbols of what runs.
 pub(crate) struct Symbols {
     path: String,
+    /// How far what runs has moved from where they say it is.
+    slide: u64,
     /// The built-in guest has no file of its own; this one goes away with the run.
     _demo: Option<NamedTempFile>,
 }
@@ -204,12 +207,17 @@ impl Symbols {
             Ok(file)
         };
         let file = write().context("cannot write the demo guest's symbols to the temporary directory")?;
-        Ok(Self { path: file.path().display().to_string(), _demo: Some(file) })
+        Ok(Self { path: file.path().display().to_string(), slide: 0, _demo: Some(file) })
     }
 
     /// Those in a file.
     pub(crate) fn at(path: &Path) -> Self {
-        Self { path: path.display().to_string(), _demo: None }
+        Self { path: path.display().to_string(), slide: 0, _demo: None }
+    }
+
+    /// The same of a kernel that has moved itself.
+    pub(crate) fn moved(self, slide: u64) -> Self {
+        Self { slide, ..self }
     }
 }
 
@@ -230,6 +238,8 @@ pub(crate) struct Session {
     held: Option<End>,
     progress: Progress,
     stub: Option<Stub>,
+    /// The file that gdb is to have.
+    symbols: String,
     /// The user's wish, from within the console, to end the run.
     quit: Option<EventFd>,
     timer: TimerFd,
@@ -260,6 +270,7 @@ impl Session {
             fds: Vec::new(),
             supervisor: None,
             held: None,
+            symbols: String::new(),
             progress: Progress::new(true),
             stub,
             quit: None,
@@ -277,9 +288,8 @@ impl Session {
     }
 
     /// Says what a user needs to know to go on, on stderr.
-    fn announce(&self, symbols: &Symbols, waits: Option<&str>, is_terminal: bool) {
-        if let Some(stub) = &self.stub {
-            let command = stub.listening().to_string().replacen("gdb", &format!("gdb {}", symbols.path), 1);
+    fn announce(&self, slide: u64, waits: Option<&str>, is_terminal: bool) {
+        if let Some(command) = self.gdb_command(slide) {
             eprintln!("trapline: {command}");
             if let Some(place) = waits {
                 eprintln!("trapline: the guest stands {place} until gdb continues it");
@@ -288,6 +298,16 @@ impl Session {
         if is_terminal {
             eprintln!("trapline: the terminal is the guest's console; Ctrl-A x ends the run");
         }
+    }
+
+    /// What starts a gdb that attaches, and knows how far the kernel has moved.
+    fn gdb_command(&self, slide: u64) -> Option<String> {
+        let attach = self.stub.as_ref()?.listening().to_string();
+        let symbols = match slide {
+            0 => self.symbols.clone(),
+            _ => format!("-ex 'symbol-file -o {slide:#x} {}'", self.symbols.replace('\'', r"'\''")),
+        };
+        Some(attach.replacen("gdb", &format!("gdb {symbols}"), 1))
     }
 
     fn run(mut self, waits: bool) -> anyhow::Result<Outcome> {
@@ -353,7 +373,14 @@ impl Session {
                 }
                 // Whoever comes to look takes the time that it takes.
                 self.timer.clear().map_err(io::Error::from)?;
-                self.progress.suspend(|| eprintln!("trapline: the guest stands there until a debugger lets it go on"));
+                let slide = self.supervisor.as_ref().map_or(0, |supervisor| supervisor.symbols().slide());
+                let command = self.gdb_command(slide).filter(|_| slide != 0);
+                self.progress.suspend(|| {
+                    if let Some(command) = command {
+                        eprintln!("trapline: the kernel has moved: {command}");
+                    }
+                    eprintln!("trapline: the guest stands there until a debugger lets it go on");
+                });
                 Ok(())
             }
             Next::End(ended) => {

@@ -48,6 +48,10 @@ pub struct ReportTiming {
     pub duration_ms: u64,
     /// From the first guest instruction until the guest's first user program ran, if that was seen; milliseconds.
     pub boot_ms: Option<u64>,
+    /// How far the kernel has moved itself (KASLR), as far as that was found: what gdb takes behind `symbol-file -o`. Another in
+    /// each run.
+    #[serde(default)]
+    pub kernel_slide: u64,
     /// The traps that were hit and logged last, oldest first.
     pub recent: Vec<HitRecord>,
     /// The console's last lines.

@@ -196,6 +196,7 @@ impl Supervisor {
                 started: started.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
                 duration_ms: millis(at.saturating_duration_since(self.began())),
                 boot_ms: self.console.booted().map(millis),
+                kernel_slide: self.symbols.slide(),
                 recent: self.recent().cloned().collect(),
                 console: tail.lines,
                 console_lines_before: tail.before,
