@@ -98,7 +98,7 @@ fn at_random_stops(mut attach: impl FnMut() -> Bench, symbols: Symbols, losses: 
         bench.vm.kill();
         if let Err(why) = ended {
             lost += 1;
-            println!("  a guest is lost after {stops} stops: {why}");
+            println!("  the emulated processor has lost its guest; another after {stops} stops: {why}");
             assert!(lost <= losses, "{lost} guests are lost");
         }
     }

@@ -125,6 +125,18 @@ impl Bare {
         Bare { said: vec![step()], ..Self::of(Program::MEMORY) }
     }
 
+    /// One that has four breakpoints where it never comes by: what debug registers cost each entry and exit.
+    pub(crate) fn with_four_slots() -> Self {
+        let bare = Self::new();
+        let mut debug = kvm_guest_debug { control: KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, ..Default::default() };
+        for (slot, place) in debug.arch.debugreg[..4].iter_mut().zip(fixture::SOURCE..) {
+            *slot = place;
+        }
+        debug.arch.debugreg[7] = 0x4aa;
+        bare.fd.set_guest_debug(&debug).unwrap();
+        bare
+    }
+
     fn synced(mut self) -> Self {
         for registers in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
             self.fd.set_sync_valid_reg(registers);

@@ -53,6 +53,7 @@ fn main() {
     table.ratio("a bare exit with registers both ways", Goal::None, || bare_of(Bare::with_registers()));
     table.ratio("a bare hit on a NOP, moved on by hand", Goal::None, || bare_of(Bare::with_breakpoint()));
     table.ratio("a bare hit on a store, stepped by hand", Goal::None, || bare_of(Bare::with_breakpoint_to_step()));
+    table.ratio("a bare exit with four slots armed", Goal::None, || bare_of(Bare::with_four_slots()));
     table.ratio("a bare step, asked for each time", Goal::None, || bare_of(Bare::with_steps()));
     table.ratio("a counted hit, its instruction in place", Goal::AtMost(1.5), || counted(Program::NOP));
     table.ratio("a counted hit, its instruction stepped", Goal::AtMost(3.0), || counted(Program::STORE));
