@@ -144,8 +144,8 @@ impl Comparison {
                     // gdb knows nothing of what user space was doing.
                     return Ok(());
                 }
-                let behind = self.function(&backtrace.frames[at - 1]);
-                now = registers_of(&frame, &now, behind.as_deref(), bench)?;
+                let names = self.names(&backtrace.frames[at - 1]);
+                now = registers_of(&frame, &now, names.last().map(String::as_str), bench)?;
                 bench.vm.set_registers(vcpu, &now).unwrap();
                 self.tally.resumed += 1;
             }
@@ -225,9 +225,10 @@ impl Comparison {
         ours == gdbs || !self.is_described(addr) && self.symbols.find(gdbs).iter().any(spans)
     }
 
-    fn function(&self, frame: &Frame) -> Option<String> {
+    /// The function that a frame is in, behind those that are inlined there.
+    fn names(&self, frame: &Frame) -> Vec<String> {
         let one = Backtrace { frames: vec![*frame], end: End::Complete };
-        records(&self.symbols, &one).into_iter().next_back().map(|record| record.function)
+        records(&self.symbols, &one).into_iter().map(|record| record.function).collect()
     }
 
     fn is_described(&self, addr: u64) -> bool {
@@ -238,8 +239,7 @@ impl Comparison {
     fn show(&self, backtrace: &Backtrace) -> String {
         let mut text = String::new();
         for frame in &backtrace.frames {
-            let one = Backtrace { frames: vec![*frame], end: End::Complete };
-            let names: Vec<_> = records(&self.symbols, &one).into_iter().map(|record| record.function).collect();
+            let names = self.names(frame);
             let cfi = if self.is_described(frame.lookup()) { "" } else { " (gdb knows nothing)" };
             text += &format!("    {:#x} sp {:#x} {:?} {}{cfi}\n", frame.pc, frame.sp, frame.kind, names.join(" < "));
         }
