@@ -232,11 +232,15 @@ pub trait Cpu {
     /// behind it is held back no longer.
     fn end_shadow(&mut self) -> io::Result<()>;
 
-    /// Kicks itself every [`LOOK_INTERVAL`](crate::limits::LOOK_INTERVAL) from now on, and where the host
-    /// can tell, whenever the guest writes a debug register; or no more.
+    /// Kicks itself every [`LOOK_INTERVAL`](crate::limits::LOOK_INTERVAL) from now on, or no more.
     fn kick_itself(&mut self, often: bool) -> io::Result<()>;
 
-    /// Whether the guest has written a debug register since this was last asked, as far as the host tells.
+    /// Is kicked from now on whenever the guest writes a debug register, or no more; whether the host can do that.
+    fn kick_at_dr_writes(&mut self, _on: bool) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    /// Whether such a kick has come since this was last asked.
     fn wrote_debug_registers(&mut self) -> bool {
         false
     }

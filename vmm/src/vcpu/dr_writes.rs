@@ -3,7 +3,7 @@
 //! On SVM a MOV to a debug register exits to KVM, and no further. KVM passes its tracepoint `kvm_exit`
 //! before it carries the write out: a perf event on that, filtered to these exits, sends this thread a
 //! signal, which is there before the guest goes on and ends KVM_RUN as a kick does. Who may not trace
-//! the kernel goes without, and looks at the registers now and then instead.
+//! the kernel, or has another KVM, goes without, and looks at the registers now and then instead.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
@@ -11,6 +11,7 @@ use std::ffi::CStr;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
 
 use libc::{c_int, c_void, siginfo_t};
 use vmm_sys_util::signal::register_signal_handler;
@@ -30,6 +31,8 @@ extern "C" fn on_write(number: c_int, info: *mut siginfo_t, context: *mut c_void
 
 /// MOV to DR0-7 among SVM's exit codes (AMD APM vol. 2, appendix C), as the tracepoint has them.
 const WRITES: &CStr = c"isa == 2 && exit_reason >= 48 && exit_reason <= 55";
+/// Is there where KVM's SVM code is in use.
+const SVM: &str = "/sys/module/kvm_amd";
 /// Where the kernel shows the number of that tracepoint.
 const TRACEPOINT: [&str; 2] =
     ["/sys/kernel/tracing/events/kvm/kvm_exit/id", "/sys/kernel/debug/tracing/events/kvm/kvm_exit/id"];
@@ -64,7 +67,7 @@ impl DrWrites {
     /// Those of the calling thread, which do not kick it yet.
     ///
     /// # Errors
-    /// What the kernel says: who may not trace it (CAP_PERFMON, and to read tracefs) goes without.
+    /// Where KVM is not on SVM; and what the kernel says to who may not trace it (CAP_PERFMON, and to read tracefs).
     pub(crate) fn new() -> io::Result<Self> {
         const TYPE_TRACEPOINT: u32 = 2;
         const DISABLED: u64 = 1;
@@ -75,6 +78,9 @@ impl DrWrites {
         const SET_SIGNAL: c_int = 10;
         const SET_OWNER: c_int = 15;
         const OWNER_TID: c_int = 0;
+        if !Path::new(SVM).exists() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         let id = TRACEPOINT.iter().find_map(|path| fs::read_to_string(path).ok()).ok_or(io::ErrorKind::NotFound)?;
         let attributes = Attributes {
             kind: TYPE_TRACEPOINT,

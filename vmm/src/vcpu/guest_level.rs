@@ -7,7 +7,7 @@
 //! - where DR7.GD in the overlay makes such an access exit (VT-x), it is carried out here, and
 //!   nothing is missed;
 //! - on SVM, where the host's kernel lets this process trace its KVM, the write kicks the vCPU before the
-//!   next instruction, and nothing is missed either;
+//!   next instruction, the registers are read then, and nothing is missed either;
 //! - elsewhere KVM carries it out without a word. So the registers are read again after each
 //!   exit that did not come from a trap, after every [`TRAPS_PER_LOOK`]th that did, and at the
 //!   latest after [`LOOK_INTERVAL`](crate::limits::LOOK_INTERVAL) of running: the vCPU kicks itself.
@@ -41,6 +41,9 @@ pub(crate) struct GuestLevel {
     remembered: Remembered,
     /// Accesses to debug registers exit here: what was read stays true.
     accesses_exit: bool,
+    /// The vCPU was asked to be kicked at writes to them, and is: what was read stays true until then.
+    asked_for_kicks: bool,
+    writes_kick: bool,
     /// Traps since the registers were read.
     traps: u32,
     /// Causes of a #DB that the guest gets at the next entry.
@@ -78,9 +81,15 @@ impl GuestLevel {
         stops_at(&self.registers.breakpoints(), pc)
     }
 
-    /// Whether the vCPU must kick itself now and then: what the guest writes goes unseen.
-    pub(crate) fn needs_looks(&self) -> bool {
-        !self.accesses_exit
+    /// Has the vCPU kicked at what the guest writes, while that is `wanted`, if nothing else tells of it; whether the host
+    /// cannot do that, and the vCPU must kick itself now and then.
+    pub(crate) fn needs_looks<C: Cpu>(&mut self, cpu: &mut C, wanted: bool) -> io::Result<bool> {
+        let kicks = wanted && !self.accesses_exit;
+        if kicks != self.asked_for_kicks {
+            self.writes_kick = cpu.kick_at_dr_writes(kicks)? && kicks;
+            self.asked_for_kicks = kicks;
+        }
+        Ok(kicks && !self.writes_kick)
     }
 
     /// Reads the guest's registers.
@@ -100,7 +109,8 @@ impl GuestLevel {
     pub(crate) fn look_after<C: Cpu>(&mut self, cpu: &mut C, armed: &Overlay, trap: bool) -> io::Result<()> {
         self.traps += u32::from(trap);
         let wrote = cpu.wrote_debug_registers();
-        let seen = armed.is_on() && (self.accesses_exit || trap && !wrote && self.traps < TRAPS_PER_LOOK);
+        let seen = self.accesses_exit || !wrote && (self.writes_kick || trap && self.traps < TRAPS_PER_LOOK);
+        let seen = seen && armed.is_on();
         if seen { Ok(()) } else { self.look(cpu) }
     }
 
@@ -143,7 +153,8 @@ impl GuestLevel {
 
     /// The guest is another one. What its KVM reports is as it was.
     pub(crate) fn forget(&mut self) {
-        *self = GuestLevel { accesses_exit: self.accesses_exit, ..GuestLevel::default() };
+        let &mut GuestLevel { accesses_exit, asked_for_kicks, writes_kick, .. } = self;
+        *self = GuestLevel { accesses_exit, asked_for_kicks, writes_kick, ..GuestLevel::default() };
     }
 
     /// Whether it is owed one.

@@ -58,6 +58,9 @@ const MAX_INSTRUCTION: usize = 15;
 /// reads our registers as its own, and KVM takes them for the guest's (seen with kvm_amd of Linux 6.1).
 const QUIET: u32 = KVM_GUESTDBG_ENABLE;
 
+/// So many exits behind a trap bring the registers along.
+const FRESH_EXITS: u32 = 16;
+
 /// A hook that tests use to make the arming of a vCPU fail.
 pub type ArmHook = Arc<dyn Fn(&Arming) -> io::Result<()> + Send + Sync>;
 
@@ -108,14 +111,18 @@ impl KvmCpu {
         // The crate's own reading of the exit loses the width of string I/O and all of an
         // internal error, so the page is read here, once.
         (self.trapped, self.awake) = (None, false);
-        match self.fd.run() {
+        let exit = match self.fd.run() {
             Ok(()) => self.parse(),
             Err(error) => match error.errno() {
                 libc::EINTR => Exit::Kicked,
                 libc::EAGAIN => Exit::Again,
                 errno => Exit::Crash(Crash::RunFailed { errno }),
             },
+        };
+        if !matches!(exit, Exit::Kicked | Exit::Again | Exit::Served(_)) {
+            self.fd.want(FRESH_EXITS);
         }
+        exit
     }
 
     /// Turns the exit in the `kvm_run` page into an [`Exit`], serving what a device serves.
@@ -384,7 +391,10 @@ impl Cpu for KvmCpu {
         if arming.step && arming.block_irq {
             control |= KVM_GUESTDBG_BLOCKIRQ;
         }
-        self.fd.want(control != QUIET);
+        // Other exits are no dearer for what is armed; one trap is seldom alone, and a step is one.
+        if control == QUIET || arming.step {
+            self.fd.want(if arming.step { FRESH_EXITS } else { 0 });
+        }
         let mut arch = kvm_guest_debug_arch::default();
         arch.debugreg[..4].copy_from_slice(&arming.addresses);
         // Where it works, every access of the guest's to its own debug registers exits (law 31).
@@ -582,17 +592,21 @@ impl Cpu for KvmCpu {
         if self.timer.is_none() && often {
             self.timer = Some(kick::Timer::new()?);
         }
-        if self.dr_writes.is_none() && often {
+        self.timer.as_ref().map_or(Ok(()), |timer| timer.set(if often { LOOK_INTERVAL } else { Duration::ZERO }))
+    }
+
+    fn kick_at_dr_writes(&mut self, on: bool) -> io::Result<bool> {
+        if self.dr_writes.is_none() && on {
             let writes = DrWrites::new();
             if let Err(error) = &writes {
                 tracing::debug!(%error, "what the guest writes to its debug registers is seen late");
             }
             self.dr_writes = Some(writes);
         }
-        if let Some(Ok(writes)) = &self.dr_writes {
-            writes.set(often)?;
+        match &self.dr_writes {
+            Some(Ok(writes)) => writes.set(on).map(|()| true),
+            _ => Ok(false),
         }
-        self.timer.as_ref().map_or(Ok(()), |timer| timer.set(if often { LOOK_INTERVAL } else { Duration::ZERO }))
     }
 
     fn wrote_debug_registers(&mut self) -> bool {

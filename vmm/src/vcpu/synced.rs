@@ -21,8 +21,8 @@ const ALL: u32 = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
 
 pub(super) struct SyncedFd {
     fd: VcpuFd,
-    /// Exits are to bring registers along.
-    wanted: bool,
+    /// So many exits are to bring registers along.
+    wanted: u32,
     /// The page's general registers are the vCPU's.
     general: bool,
     /// The page's system registers and events are the vCPU's.
@@ -50,12 +50,12 @@ impl DerefMut for SyncedFd {
 
 impl SyncedFd {
     pub(super) fn new(fd: VcpuFd) -> Self {
-        Self { fd, wanted: false, general: false, system: false, unwritten: false, stepping: false }
+        Self { fd, wanted: 0, general: false, system: false, unwritten: false, stepping: false }
     }
 
-    /// Whether exits are to bring registers along from now on: it costs some time at each.
-    pub(super) fn want(&mut self, wanted: bool) {
-        self.wanted = wanted;
+    /// The next so many exits are to bring registers along: it costs some time at each.
+    pub(super) fn want(&mut self, exits: u32) {
+        self.wanted = exits;
     }
 
     /// Whether the last exit was the last that happened to this vCPU: nobody has touched it since.
@@ -93,7 +93,9 @@ impl SyncedFd {
     /// KVM_RUN.
     pub(super) fn run(&mut self) -> Result<()> {
         let page = self.fd.get_kvm_run();
-        page.kvm_valid_regs = if self.wanted { ALL.into() } else { 0 };
+        let wanted = self.wanted > 0;
+        self.wanted = self.wanted.saturating_sub(1);
+        page.kvm_valid_regs = if wanted { ALL.into() } else { 0 };
         page.kvm_dirty_regs = if self.unwritten { KVM_SYNC_X86_REGS.into() } else { 0 };
         let result = self.fd.run().map(|_| ());
         let came_out = match &result {
@@ -101,7 +103,7 @@ impl SyncedFd {
             Err(error) => matches!(error.errno(), EINTR | EAGAIN),
         };
         self.unwritten = false;
-        self.general = self.wanted && came_out;
+        self.general = wanted && came_out;
         self.system = self.general;
         result
     }

@@ -271,7 +271,7 @@ impl<C: Cpu> VcpuThread<C> {
             Request::Save => self.save().map(|state| Reply::State(Box::new(state))),
             Request::Restore(state) => self.restore(&state).map(|()| Reply::Done),
             Request::Quit => {
-                let quiet = self.cpu.kick_itself(false);
+                let quiet = self.cpu.kick_itself(false).and(self.cpu.kick_at_dr_writes(false).map(drop));
                 self.cpu.arm(&Arming::OFF).and(quiet).map(|()| Reply::Done)
             }
         };

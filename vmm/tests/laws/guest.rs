@@ -27,6 +27,7 @@ pub(crate) fn laws() -> Vec<Law> {
         law!(l31_the_guests_own_breakpoints_fire_beside_ours),
         law!(l31_a_breakpoint_that_the_guest_sets_unseen_is_served_in_time, Kick),
         law!(l31_one_that_the_guest_sets_is_served_at_once, DrWrites),
+        law!(l31_where_writes_are_told_nobody_looks_for_them_now_and_then, DrWrites),
         law!(l31_one_that_the_guest_switches_off_and_on_is_served_each_time, Kick),
         law!(l31_one_that_the_guest_has_switched_off_is_not_served),
         law!(l32_the_guests_breakpoint_and_ours_on_one_instruction_are_both_hit, Kick),
@@ -233,6 +234,17 @@ fn l31_one_that_the_guest_sets_is_served_at_once() {
         assert_eq!(rig.run_first(RunMode::Continue), StopReason::Breakpoint(ours));
         assert_eq!([rig.field(0, HITS), rig.field(0, DB)], [round, round], "crossings and #DB");
     }
+}
+
+/// A look costs every guest some time, also one that has no breakpoints of its own.
+fn l31_where_writes_are_told_nobody_looks_for_them_now_and_then() {
+    let mut rig = Rig::one("own_dr_loop");
+    rig.set(elsewhere()).unwrap();
+    assert_eq!(rig.go(), None);
+    wait_for("the guest's own breakpoint", || (rig.field(0, DB) > 10).then_some(()));
+    let (kicks_itself, armed) = (rig.spies[0].look(|notes| notes.kicks_itself), rig.spies[0].armed());
+    rig.interrupt();
+    assert!(!kicks_itself, "with {armed:?}");
 }
 
 /// As a kernel does at each switch of threads.

@@ -35,6 +35,8 @@ pub(crate) struct Notes {
     pub(crate) halted: u64,
     /// Instructions carried out in place.
     pub(crate) advanced: u64,
+    /// It kicks itself now and then, as last told.
+    pub(crate) kicks_itself: bool,
     /// Exceptions given to the guest.
     pub(crate) reflected: u64,
     /// The next so many calls of `arm` fail.
@@ -320,6 +322,7 @@ impl Cpu for Spied {
 
     fn kick_itself(&mut self, often: bool) -> io::Result<()> {
         self.spy.visit();
+        self.spy.0.change(|notes| notes.kicks_itself = often);
         self.cpu.kick_itself(often)
     }
 
@@ -331,6 +334,11 @@ impl Cpu for Spied {
     fn emulated_faults(&mut self) -> Option<u64> {
         self.spy.visit();
         self.cpu.emulated_faults()
+    }
+
+    fn kick_at_dr_writes(&mut self, on: bool) -> io::Result<bool> {
+        self.spy.visit();
+        self.cpu.kick_at_dr_writes(on)
     }
 
     fn wrote_debug_registers(&mut self) -> bool {

@@ -56,8 +56,13 @@ impl<C: Cpu> VcpuThread<C> {
 
     /// Sees to it that the guest's debug registers, and whether it gets on, are looked at in time.
     pub(super) fn kick_itself_if_needed(&mut self) {
-        let looks = self.masks_the_guests() && self.guest.needs_looks() || self.may_get_stuck();
-        let needed = matches!(self.state, State::Running(_)) && looks;
+        let runs = matches!(self.state, State::Running(_));
+        let masks = runs && self.masks_the_guests();
+        let looks = self.guest.needs_looks(&mut self.cpu, masks).unwrap_or_else(|error| {
+            tracing::warn!(vcpu = self.id.0, %error, "the host does not tell what the guest writes to its debug registers");
+            masks
+        });
+        let needed = looks || runs && self.may_get_stuck();
         if needed != self.kicks_itself {
             match self.cpu.kick_itself(needed) {
                 Ok(()) => self.kicks_itself = needed,
