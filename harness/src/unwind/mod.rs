@@ -49,7 +49,8 @@ const NOTHING_KNOWN: &str = "nothing is known about this code";
 /// How exact the address of a frame is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FrameKind {
-    /// The next instruction: of the vCPU itself, or of what an interrupt or exception has interrupted.
+    /// The next instruction: of the vCPU itself, of what an interrupt or exception has interrupted, or of a thread that has not
+    /// begun.
     Exact,
     /// A return address. The call stands before it: look up the names of `pc - 1`.
     Call,
@@ -147,7 +148,10 @@ impl<T: Tables> Unwinder<T> {
             // A call to nowhere has done nothing but push its return address.
             return chain::leaf(place, memory);
         }
-        let next = self.unchecked_step(place, memory)?;
+        let mut next = self.unchecked_step(place, memory)?;
+        if self.begins_threads(next.pc) {
+            next.kind = FrameKind::Exact;
+        }
         let is_elsewhere = place.pc >> 63 != next.pc >> 63 || !code::is_there(memory, next.pc);
         if next.kind == FrameKind::Call && is_elsewhere {
             return Err(End::Lost("the return address is not one of code"));
@@ -181,6 +185,12 @@ impl<T: Tables> Unwinder<T> {
                 stepped => stepped,
             },
         }
+    }
+
+    /// Whether a new thread begins there when it is switched to for the first time. Nobody has called that; the kernel's own
+    /// unwinder knows it by name, too.
+    fn begins_threads(&self, pc: u64) -> bool {
+        ["ret_from_fork_asm", "ret_from_fork"].iter().any(|name| self.tables.symbol(name) == Some(pc))
     }
 
     /// The code by which a kernel calls through a register, of which no table knows anything.

@@ -26,6 +26,9 @@ use crate::gdb::{Bench, GdbFrame, GdbStack};
 /// More than any frame of Linux has, whose stacks are 16 KiB.
 const LARGEST_FRAME: u64 = 0x4000;
 
+/// What a thread returns to that has not run before.
+const BEGINS_THREADS: [&str; 2] = ["ret_from_fork_asm", "ret_from_fork"];
+
 /// Memory as a vCPU with these registers sees it.
 pub(crate) struct Seen<'a> {
     vm: &'a Vm,
@@ -145,7 +148,10 @@ impl Comparison {
                     return Ok(());
                 }
                 let names = self.names(&backtrace.frames[at - 1]);
-                now = registers_of(&frame, &now, names.last().map(String::as_str), bench)?;
+                now = match self.is_thread_that_has_not_begun(&frame) {
+                    true => Registers { rip: frame.pc, rsp: frame.sp, ..now },
+                    false => registers_of(&frame, &now, names.last().map(String::as_str), bench)?,
+                };
                 bench.vm.set_registers(vcpu, &now).unwrap();
                 self.tally.resumed += 1;
             }
@@ -172,6 +178,10 @@ impl Comparison {
         let on_stack = on_stack.concat();
         let mut rest = on_stack.as_slice();
         for (n, frame) in ours.iter().enumerate() {
+            // For gdb it is a return address, of a call in the function before.
+            if n > 0 && self.is_thread_that_has_not_begun(frame) {
+                return Ok(n);
+            }
             let whole = rest.iter().position(|frame| frame.kind != "inline").ok_or_else(|| {
                 format!(
                     "gdb ends before frame {n}: {}; it says {}",
@@ -223,6 +233,10 @@ impl Comparison {
         let addr = frame.lookup();
         let spans = |symbol: &Symbol| (symbol.address..symbol.address + symbol.size).contains(&addr);
         ours == gdbs || !self.is_described(addr) && self.symbols.find(gdbs).iter().any(spans)
+    }
+
+    fn is_thread_that_has_not_begun(&self, frame: &Frame) -> bool {
+        BEGINS_THREADS.iter().any(|name| self.symbols.address(name) == Some(frame.pc))
     }
 
     /// The function that a frame is in, behind those that are inlined there.

@@ -180,6 +180,20 @@ fn registers_that_a_call_has_saved_are_of_a_call() {
     }
 }
 
+/// Nobody has called where a new thread begins: what is right before it is another function.
+#[test]
+fn a_thread_that_has_not_begun_is_where_it_will_begin() {
+    for format in FORMATS {
+        for name in ["ret_from_fork_asm", "ret_from_fork"] {
+            let rows = [call(0, 8), row(0x20, Kind::Undefined, 0, 0), row(0x40, Kind::End, 0, 0), call(0x50, 8)];
+            let image = Image { symbols: [(name.to_owned(), TEXT + 0x40)].into(), ..kernel(format, &rows) };
+            let backtrace = unwind(image, &kernel_at(TEXT + 0x10, STACK), &memory().words(STACK, &[TEXT + 0x40]));
+            let begin = Frame { pc: TEXT + 0x40, sp: STACK + 8, kind: FrameKind::Exact };
+            assert_eq!((&backtrace.frames[1..], backtrace.end), (&[begin][..], End::Complete), "{format:?}, {name}");
+        }
+    }
+}
+
 #[test]
 fn entry_code_that_has_saved_nothing_yet() {
     for format in FORMATS {
