@@ -31,6 +31,7 @@ use crate::console;
 use crate::initrd;
 use crate::stub::Stub;
 use crate::terminal::RawTerminal;
+use crate::{chain, severity};
 
 /// How the loop ended.
 pub(crate) enum Outcome {
@@ -314,8 +315,8 @@ impl Session {
         if let Some(supervisor) = &mut self.supervisor {
             supervisor.begins();
         }
-        if !waits {
-            self.go()?;
+        if !waits && let Err(error) = self.go() {
+            self.failed(error);
         }
         let error = |error: event_manager::Error| anyhow!("the event loop failed: {error}");
         let mut manager = EventManager::<Session>::new().map_err(error)?;
@@ -445,6 +446,17 @@ impl Session {
         Ok(())
     }
 
+    /// The run cannot go on. Where a report was asked for, it says so.
+    fn failed(&mut self, error: anyhow::Error) {
+        if self.supervisor.as_ref().is_some_and(Supervisor::is_headless) {
+            let verdict = Verdict::aborted(severity(&error), &chain(&error));
+            if let Err(again) = self.end(verdict) {
+                tracing::warn!("{again:#}");
+            }
+        }
+        self.outcome.get_or_insert(Err(error));
+    }
+
     fn interrupted(&mut self, signal: i32) -> anyhow::Result<()> {
         self.end(Verdict::Killed)?;
         self.outcome = Some(Ok(Outcome::Interrupted(signal)));
@@ -514,7 +526,7 @@ impl MutEventSubscriber for Session {
             return;
         }
         if let Err(error) = self.handle(events) {
-            self.outcome = Some(Err(error));
+            self.failed(error);
         }
     }
 }

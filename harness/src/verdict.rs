@@ -38,16 +38,24 @@ pub enum Verdict {
     Missed(Vec<String>),
     /// The guest ended well, but it has reported so many failed tests.
     TestsFailed(usize),
+    /// The run could not go on, though the guest could: a module has come whose traps do not fit into the slots that are
+    /// left, say.
+    Aborted {
+        /// 64 if what was asked for is wrong, 69 if this host cannot do it.
+        exit_code: u8,
+        /// What is wrong, in a line.
+        reason: String,
+    },
 }
 
 impl Verdict {
     /// The process exit code: 0 pass, 1 guest reported failure, 3 trap, 4 panic, 5 timeout, 6 guest died, 7 a
-    /// trap that had to be hit was not.
+    /// trap that had to be hit was not, 64 or 69 what was asked for or this host does not let it go on.
     pub fn exit_code(&self) -> u8 {
         match self {
             Verdict::Pass | Verdict::Killed => 0,
             Verdict::GuestFailed(_) | Verdict::NoStatus | Verdict::TestsFailed(_) => 1,
-            Verdict::Trapped { exit_code, .. } => *exit_code,
+            Verdict::Trapped { exit_code, .. } | Verdict::Aborted { exit_code, .. } => *exit_code,
             Verdict::Panicked => 4,
             Verdict::TimedOut(_) => 5,
             Verdict::Died(_) => 6,
@@ -66,7 +74,14 @@ impl Verdict {
             Verdict::Died(_) => VerdictKind::Died,
             Verdict::Killed => VerdictKind::Killed,
             Verdict::Missed(_) => VerdictKind::MustHit,
+            Verdict::Aborted { .. } => VerdictKind::Aborted,
         }
+    }
+
+    /// How a run ends that cannot go on for this error. Of a rule that is shown with a caret only what is wrong with it.
+    pub fn aborted(exit_code: u8, error: &str) -> Self {
+        let lines: Vec<&str> = error.lines().filter(|line| !line.starts_with(' ')).collect();
+        Verdict::Aborted { exit_code, reason: lines.join("; ") }
     }
 
     /// What a stop means when nobody is there to look at it; `None` if the guest can go on.
@@ -109,7 +124,7 @@ impl fmt::Display for Verdict {
             Verdict::TimedOut(time) => write!(f, "the guest was still running after {time:?}"),
             Verdict::Died(crash) => write!(f, "the guest died: {crash}"),
             Verdict::Killed => write!(f, "the debugger killed the guest"),
-            Verdict::Trapped { reason, .. } => write!(f, "{reason}"),
+            Verdict::Trapped { reason, .. } | Verdict::Aborted { reason, .. } => write!(f, "{reason}"),
             Verdict::Missed(names) => write!(f, "never hit: {}", names.join(", ")),
             Verdict::TestsFailed(1) => write!(f, "a test in the guest failed"),
             Verdict::TestsFailed(tests) => write!(f, "{tests} tests in the guest failed"),
@@ -136,6 +151,7 @@ mod tests {
             (Verdict::Trapped { trap: 0, exit_code: 4, reason: "a".into() }, 4),
             (Verdict::Missed(vec!["a".into()]), 7),
             (Verdict::TestsFailed(2), 1),
+            (Verdict::aborted(69, "a"), 69),
         ];
         for (verdict, code) in cases {
             assert_eq!(verdict.exit_code(), code, "{verdict}");

@@ -57,7 +57,9 @@ fn boot(report: &Report) -> TestSuite {
         || report.traps.iter().any(|trap| trap.outcome != Outcome::Passed);
     let kind = match verdict.kind {
         _ if verdict.exit_code == 0 => None,
-        VerdictKind::Timeout | VerdictKind::Died | VerdictKind::Killed => Some(NonSuccessKind::Error),
+        VerdictKind::Timeout | VerdictKind::Died | VerdictKind::Killed | VerdictKind::Aborted => {
+            Some(NonSuccessKind::Error)
+        }
         _ if elsewhere => None,
         _ => Some(NonSuccessKind::Failure),
     };

@@ -99,6 +99,8 @@ pub enum VerdictKind {
     MustHit,
     /// A debugger or a signal ended it.
     Killed,
+    /// The run could not go on, though the guest could.
+    Aborted,
 }
 
 /// What was run.

@@ -165,7 +165,7 @@ fn junit_keeps_hostile_words_where_they_are() {
 #[test]
 fn junit_is_red_unless_the_run_passed() {
     use VerdictKind::*;
-    for kind in [GuestFailed, Trap, Panic, Timeout, Died, MustHit, Killed] {
+    for kind in [GuestFailed, Trap, Panic, Timeout, Died, MustHit, Killed, Aborted] {
         let mut report = samples::empty();
         report.verdict.kind = kind;
         report.verdict.exit_code = 9;

@@ -31,6 +31,7 @@ pub(super) fn kind(kind: VerdictKind) -> &'static str {
         VerdictKind::Died => "guest died",
         VerdictKind::MustHit => "trap not hit",
         VerdictKind::Killed => "ended from outside",
+        VerdictKind::Aborted => "run aborted",
     }
 }
 

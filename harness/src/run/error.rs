@@ -8,10 +8,16 @@ use trapline_vmm::coordinator::CoordinatorError;
 use trapline_vmm::debug::BreakpointError;
 use trapline_vmm::probe::ProbeError;
 
+use crate::Verdict;
 use crate::files::WriteError;
 use crate::initramfs::InitramfsError;
 use crate::rules::RuleError;
 use crate::symbols::SymbolsError;
+
+/// Bad input (sysexits.h).
+const EX_USAGE: u8 = 64;
+/// This host cannot do it.
+pub(super) const EX_UNAVAILABLE: u8 = 69;
 
 /// A run that cannot be. Each says what to do about it; whose fault it is, is the caller's to decide.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +72,11 @@ pub enum RunError {
 }
 
 impl RunError {
+    /// How a run ends that has begun and cannot go on.
+    pub(super) fn verdict(&self) -> Verdict {
+        Verdict::aborted(if self.is_hosts() { EX_UNAVAILABLE } else { EX_USAGE }, &self.to_string())
+    }
+
     /// Whether it is this host that cannot, rather than what was asked that is wrong.
     pub fn is_hosts(&self) -> bool {
         match self {

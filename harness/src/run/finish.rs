@@ -7,6 +7,7 @@ use trapline_vmm::Vm;
 use trapline_vmm::debug::{Crash, VcpuId};
 
 use super::arming::Stage;
+use super::error::EX_UNAVAILABLE;
 use super::supervisor::{Next, Supervisor};
 use crate::Verdict;
 use crate::console::ConsoleHandle;
@@ -31,10 +32,8 @@ impl Outcome {
     /// The exit code of `trapline run`: that of the verdict, or 69 for a run that passed and whose report could not be
     /// written.
     pub fn exit_code(&self) -> u8 {
-        /// This host cannot do it.
-        const UNAVAILABLE: u8 = 69;
         match self.verdict.exit_code() {
-            0 if !self.report.problems.is_empty() => UNAVAILABLE,
+            0 if !self.report.problems.is_empty() => EX_UNAVAILABLE,
             code => code,
         }
     }
@@ -52,12 +51,15 @@ impl Supervisor {
         let (verdict, stop) = self.hear_the_last(vm, verdict, stop);
         let tests = self.console.tests();
         let verdict = self.judge(verdict, &tests);
+        let is_aborted = matches!(verdict, Verdict::Aborted { .. });
         let mut problems = std::mem::take(&mut self.problems);
         problems.extend(self.console.problems());
-        problems.extend(self.never_armed());
+        if !is_aborted {
+            problems.extend(self.never_armed());
+        }
         let stop = stop.or_else(|| self.last_look(vm, &verdict));
         let mut report = self.make_report(&verdict, stop, tests, at);
-        if verdict != Verdict::Pass && verdict != Verdict::Killed {
+        if verdict != Verdict::Pass && verdict != Verdict::Killed && !is_aborted {
             problems.extend(self.write_core(vm, &mut report));
         }
         for problem in &self.lost() {
@@ -84,7 +86,9 @@ impl Supervisor {
         stop: Option<StopRecord>,
     ) -> (Verdict, Option<StopRecord>) {
         match self.hear(vm) {
-            Ok(Next::End(ended)) if !matches!(verdict, Verdict::Trapped { .. } | Verdict::Killed) => {
+            Ok(Next::End(ended))
+                if !matches!(verdict, Verdict::Trapped { .. } | Verdict::Killed | Verdict::Aborted { .. }) =>
+            {
                 (self.verdict_of(&ended), ended.stop.map(|stop| *stop))
             }
             Ok(_) => (verdict, stop),
@@ -139,7 +143,9 @@ impl Supervisor {
 
     /// Where all vCPUs are at the end of a run that did not pass.
     fn last_look(&mut self, vm: &mut Vm, verdict: &Verdict) -> Option<StopRecord> {
-        if matches!(verdict, Verdict::Pass | Verdict::Killed | Verdict::Missed(_)) || vm.ended().is_some() {
+        let is_the_guests =
+            !matches!(verdict, Verdict::Pass | Verdict::Killed | Verdict::Missed(_) | Verdict::Aborted { .. });
+        if !is_the_guests || vm.ended().is_some() {
             return None;
         }
         if vm.pause().is_err() {

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use trapline_vmm::Vm;
 use trapline_vmm::boot::Format;
 use trapline_vmm::coordinator::CoordinatorError;
-use trapline_vmm::debug::{Breakpoint, Crash, Stop, StopReason, VcpuId};
+use trapline_vmm::debug::{Breakpoint, BreakpointError, Crash, Stop, StopReason, VcpuId};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::arming::Stage;
@@ -287,6 +287,21 @@ impl Supervisor {
     /// # Errors
     /// A vCPU failed, or what was to be armed now cannot be.
     pub fn stopped(&mut self, vm: &mut Vm, stop: &Stop) -> Result<Next, RunError> {
+        self.follow(vm, stop).map_err(|error| self.in_words(error))
+    }
+
+    /// What cannot be armed, by its place: the address is another in each run.
+    fn in_words(&self, error: RunError) -> RunError {
+        match &error {
+            RunError::Arm(BreakpointError::NoSlot { request, .. } | BreakpointError::NotMapped { request }) => {
+                let place = look::place(&self.symbols, request.addr);
+                RunError::Refused(vec![error.to_string().replace(&format!("{:#x}", request.addr), &place)])
+            }
+            _ => error,
+        }
+    }
+
+    fn follow(&mut self, vm: &mut Vm, stop: &Stop) -> Result<Next, RunError> {
         match &stop.reason {
             StopReason::KernelEntry => {
                 self.kernel_is_there(vm, stop.vcpu)?;

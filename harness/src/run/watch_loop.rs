@@ -16,7 +16,7 @@ use crate::report::StopRecord;
 /// How a run ended.
 type End = (Verdict, Option<StopRecord>);
 
-/// Runs the guest to its end.
+/// Runs the guest to its end, or as far as the run can go.
 pub(crate) fn run(mut vm: Vm, mut supervisor: Supervisor) -> Result<Outcome, RunError> {
     let epoll = Epoll::new()?;
     let mut timer = TimerFd::new().map_err(io::Error::from)?;
@@ -29,7 +29,7 @@ pub(crate) fn run(mut vm: Vm, mut supervisor: Supervisor) -> Result<Outcome, Run
         epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, fd as u64))?;
     }
     supervisor.begins();
-    let mut end = go(&mut vm, &mut supervisor)?;
+    let mut end = or_aborted(go(&mut vm, &mut supervisor));
     while end.is_none() {
         let mut events = [EpollEvent::default(); 4];
         let count = match epoll.wait(-1, &mut events) {
@@ -40,7 +40,7 @@ pub(crate) fn run(mut vm: Vm, mut supervisor: Supervisor) -> Result<Outcome, Run
             let fd = event.fd();
             end = if fd == vm.events().as_raw_fd() {
                 match vm.poll() {
-                    Ok(Some(stop)) => stopped(&mut vm, &mut supervisor, stop)?,
+                    Ok(Some(stop)) => or_aborted(stopped(&mut vm, &mut supervisor, stop)),
                     Ok(None) => None,
                     // A vCPU that is late does not cost the run: the stop is still there to be told.
                     Err(error) => {
@@ -52,8 +52,8 @@ pub(crate) fn run(mut vm: Vm, mut supervisor: Supervisor) -> Result<Outcome, Run
             } else if fd == timer.as_raw_fd() {
                 Some((Verdict::TimedOut(timeout.unwrap_or(Duration::ZERO)), None))
             } else {
-                let next = supervisor.ready(&mut vm, fd)?;
-                follow(&mut vm, &mut supervisor, next)?
+                let next = supervisor.ready(&mut vm, fd);
+                or_aborted(next.and_then(|next| follow(&mut vm, &mut supervisor, next)))
             };
             if end.is_some() {
                 break;
@@ -64,6 +64,11 @@ pub(crate) fn run(mut vm: Vm, mut supervisor: Supervisor) -> Result<Outcome, Run
     let outcome = supervisor.finish(&mut vm, verdict, stop);
     vm.kill();
     Ok(outcome)
+}
+
+/// What keeps a run from going on is how it ends: there is something to tell of it by now.
+fn or_aborted(came: Result<Option<End>, RunError>) -> Option<End> {
+    came.unwrap_or_else(|error| Some((error.verdict(), None)))
 }
 
 /// The world stands, for this stop.
