@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use trapline_harness::Verdict;
+use trapline_harness::bundle::{Bundle, SymbolFile};
 use trapline_harness::report::{Outcome as Came, Report, VerdictKind};
 use trapline_harness::run::{Kernel, Next, Outcome, Run, RunError, Supervisor};
 use trapline_vmm::Vm;
@@ -232,6 +233,15 @@ fn a_snapshot_is_a_machine_beside_the_report_and_the_guest_goes_on() {
         }
     }
     assert!(!report.join("snapshot-5").exists() && !report.join("vmcore").exists());
+
+    // What its run knows goes for it, too, as long as they lie together.
+    let snapshot = Bundle::open(&report.join("snapshot-2")).unwrap();
+    assert_eq!((snapshot.is_snapshot, snapshot.symbols()), (true, SymbolFile::Demo));
+    assert_eq!(snapshot.summary(), "a snapshot; later: the guest ended");
+    let alone = dir.path().join("alone");
+    fs::rename(report.join("snapshot-2"), &alone).unwrap();
+    let alone = Bundle::open(&alone).unwrap();
+    assert_eq!((alone.is_snapshot, alone.symbols(), alone.report), (false, SymbolFile::None, None));
 }
 
 #[test]

@@ -113,8 +113,11 @@ pub enum BundleError {
 /// A bundle that was read.
 #[derive(Debug)]
 pub struct Bundle {
-    /// The report; `None` if there is none, as of a machine that was saved by somebody else.
+    /// The report; `None` if there is none, as of a machine that was saved by somebody else. That of a snapshot is its run's,
+    /// beside which it lies.
     pub report: Option<Report>,
+    /// It was saved on the way, and the run went on.
+    pub is_snapshot: bool,
     /// The machine.
     pub state: MachineState,
     /// Its memory.
@@ -147,7 +150,8 @@ impl Bundle {
             Some(json) => Some(read_report(&json).map_err(|source| BundleError::Report { path, source })?),
             None => None,
         };
-        Ok(Self { report, state, memory })
+        let of_run = if report.is_none() { report_beside(dir) } else { None };
+        Ok(Self { is_snapshot: of_run.is_some(), report: report.or(of_run), state, memory })
     }
 
     /// What the run came to and where it stands, in a line.
@@ -155,6 +159,9 @@ impl Bundle {
         let Some(report) = &self.report else {
             return format!("a machine of {} vCPUs without a report", self.state.vcpus.len());
         };
+        if self.is_snapshot {
+            return one_line(&format!("a snapshot; later: {}", report.verdict.text));
+        }
         let mut line = report.verdict.text.clone();
         if let Some(source) = report.stop.as_ref().and_then(|stop| stop.source.as_ref()) {
             line += &format!(", {}:{}", source.file, source.line);
@@ -191,6 +198,14 @@ fn read_json(path: &Path) -> Result<Option<Vec<u8>>, BundleError> {
     let mut bytes = Vec::new();
     File::open(path).and_then(|file| file.take(MOST_JSON).read_to_end(&mut bytes)).map_err(failed)?;
     Ok(Some(bytes))
+}
+
+/// The report of the run that has left a snapshot in `dir`, if it still lies there.
+fn report_beside(dir: &Path) -> Option<Report> {
+    let dir = dir.canonicalize().ok()?;
+    let name = dir.file_name()?.to_str()?;
+    let report = read_report(&read_json(&dir.parent()?.join(REPORT)).ok()??).ok()?;
+    report.files.values().any(|file| file == name).then_some(report)
 }
 
 fn read_report(json: &[u8]) -> Result<Report, ReadError> {
