@@ -14,6 +14,9 @@ use trapline_vmm::Vm;
 use trapline_vmm::debug::{Disposition, ResumePlan, RunMode};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+#[path = "../examples/closures.rs"]
+mod closures;
+
 /// A bound against hanging.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -116,6 +119,13 @@ fn what_has_to_be_hit_and_is_not_fails_the_run() {
     // A failure of the guest's own comes first.
     let outcome = demo("quiet ticks=5 exit=2").trap("exec:print_progress must-hit =log").run().unwrap();
     assert_eq!(outcome.exit_code(), 1);
+}
+
+#[test]
+fn the_example_counts_a_thousand_calls_of_one_vcpu() {
+    let (outcome, calls) = closures::count().unwrap();
+    assert_eq!((outcome.exit_code(), calls.iter().max()), (3, Some(&1000)), "{}", outcome.verdict);
+    assert_eq!(functions(&outcome.report)[0], "count_up");
 }
 
 #[test]
