@@ -287,7 +287,7 @@ impl Supervisor {
     /// # Errors
     /// A vCPU failed, or what was to be armed now cannot be.
     pub fn stopped(&mut self, vm: &mut Vm, stop: &Stop) -> Result<Next, RunError> {
-        self.follow(vm, stop).map_err(|error| self.in_words(error))
+        self.act_on(vm, stop).map_err(|error| self.in_words(error))
     }
 
     /// What cannot be armed, by its place: the address is another in each run.
@@ -301,7 +301,7 @@ impl Supervisor {
         }
     }
 
-    fn follow(&mut self, vm: &mut Vm, stop: &Stop) -> Result<Next, RunError> {
+    fn act_on(&mut self, vm: &mut Vm, stop: &Stop) -> Result<Next, RunError> {
         match &stop.reason {
             StopReason::KernelEntry => {
                 self.kernel_is_there(vm, stop.vcpu)?;

@@ -35,7 +35,7 @@ use trapline_vmm::vcpu::Registers;
 use cfi::CallFrames;
 use guest::Guest;
 use orc::{Kind, OrcTable};
-use place::Place;
+use place::{Place, RBP};
 pub use records::records;
 pub use tables::Tables;
 
@@ -117,8 +117,19 @@ impl<T: Tables> Unwinder<T> {
 
     /// The backtrace of a vCPU that has these registers, and reads this memory.
     pub fn unwind(&self, registers: &Registers, memory: &dyn Memory) -> Backtrace {
+        let (places, end) = self.places(registers, memory);
+        Backtrace { frames: places.iter().map(Place::frame).collect(), end }
+    }
+
+    /// RBP in each of the frames that [`unwind`](Self::unwind) gives, where it is known: with it a debugger can go on from
+    /// a frame.
+    pub fn frame_pointers(&self, registers: &Registers, memory: &dyn Memory) -> Vec<Option<u64>> {
+        self.places(registers, memory).0.iter().map(|place| place.value(RBP)).collect()
+    }
+
+    fn places(&self, registers: &Registers, memory: &dyn Memory) -> (Vec<Place>, End) {
         let mut place = Place::of(registers);
-        let mut frames = vec![place.frame()];
+        let mut places = vec![place];
         let end = loop {
             if place.kind == FrameKind::User {
                 break End::User;
@@ -126,20 +137,19 @@ impl<T: Tables> Unwinder<T> {
             if !in_64_bit_mode(registers) {
                 break End::Lost("the vCPU is not in 64-bit mode");
             }
-            if frames.len() == MOST_FRAMES {
+            if places.len() == MOST_FRAMES {
                 break End::TooDeep;
             }
             place = match self.step(&place, memory) {
                 Ok(next) => next,
                 Err(end) => break end,
             };
-            let frame = place.frame();
-            if frames.contains(&frame) {
+            if places.iter().any(|before| before.frame() == place.frame()) {
                 break End::Lost("the stack leads back into itself");
             }
-            frames.push(frame);
+            places.push(place);
         };
-        Backtrace { frames, end }
+        (places, end)
     }
 
     /// Who called, or was interrupted.

@@ -1,11 +1,8 @@
 //! One law test: a name, what it needs of this host's KVM, and what it does.
 
-use std::any::Any;
-use std::panic;
-
 use libtest_mimic::Trial;
 
-use crate::lane::{Need, lane, missing_everywhere};
+use crate::lane::{Need, missing_everywhere};
 
 #[derive(Clone)]
 pub(crate) struct Law {
@@ -33,16 +30,8 @@ impl Law {
     pub(crate) fn trial(self) -> Trial {
         let Law { name, needs, run, of } = self;
         let missing = missing_everywhere().or_else(|| needs.iter().find_map(|need| need.missing()));
-        let trial = Trial::test(name.clone(), move || {
-            match panic::catch_unwind(|| run(of)) {
-                // Not the law has failed but the processor under it, and that is told.
-                Err(why) if lane() == "svm" && is_a_lost_guest(&*why) => {
-                    println!("{name}: the emulated processor has lost its guest; once more");
-                    run(of);
-                }
-                Err(why) => panic::resume_unwind(why),
-                Ok(()) => {}
-            }
+        let trial = Trial::test(name, move || {
+            run(of);
             Ok(())
         });
         match missing {
@@ -50,13 +39,6 @@ impl Law {
             None => trial,
         }
     }
-}
-
-/// Whether a test was stopped by a triple fault that its guest has not made: the processor that the svm lane emulates
-/// does that now and then (tests/lanes/README.md).
-fn is_a_lost_guest(why: &(dyn Any + Send)) -> bool {
-    let words = why.downcast_ref::<String>().map(String::as_str).or(why.downcast_ref::<&str>().copied());
-    words.is_some_and(|words| words.contains("TripleFault { state_lost: true }"))
 }
 
 /// `law!(l01_name, [needs])` for a function of that name in scope.
