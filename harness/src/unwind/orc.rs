@@ -202,6 +202,10 @@ const R13_: u8 = 7;
 const BP_INDIRECT: u8 = 8;
 const SP_INDIRECT: u8 = 9;
 
+/// Bytes of an error code, or of what stands for it, and of what the processor pushes before.
+const ERROR_CODE: i64 = 8;
+const IRET_FRAME: u64 = 5 * 8;
+
 /// The next frame, by what `entry` says of `place`.
 pub(super) fn step(entry: Entry, place: &Place, memory: &dyn Memory) -> Result<Place, End> {
     let bad_stack = End::Lost("the stack cannot be read");
@@ -241,9 +245,13 @@ pub(super) fn step(entry: Entry, place: &Place, memory: &dyn Memory) -> Result<P
             if entry.signal { Place { kind: super::FrameKind::Exact, ..next } } else { next }
         }
         Kind::Registers => Place::of_pt_regs(sp, !entry.signal, memory)?,
-        // Behind a call the rest is saved, too: error_entry() and paranoid_entry(), the only functions that such entry code
-        // calls, leave it on the stack below their return address, and the entry is that of the call.
-        Kind::Iret if place.kind == super::FrameKind::Call => Place::of_pt_regs(place.sp, !entry.signal, memory)?,
+        // Around the call of error_entry() or paranoid_entry() the rest is saved as soon as they have saved it, below their
+        // return address. The entry does not know; but the processor pushes to an aligned stack (SDM vol. 3, 7.14.2).
+        Kind::Iret
+            if entry.sp_register == SP && offset == ERROR_CODE && !sp.wrapping_add(IRET_FRAME).is_multiple_of(16) =>
+        {
+            Place::of_pt_regs(place.sp, !entry.signal, memory)?
+        }
         // Entry code that has not saved the registers yet has not changed them either.
         Kind::Iret => Place::of_iret_frame(sp, !entry.signal, place.general, memory)?,
         Kind::Undefined | Kind::End => return Err(End::Lost(super::NOTHING_KNOWN)),

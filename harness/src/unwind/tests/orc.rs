@@ -224,6 +224,15 @@ fn entry_code_whose_registers_a_function_saves_for_it() {
         let user = Frame { pc: 0x40_1234, sp: 0x7fff_1000, kind: FrameKind::User };
         assert_eq!(pcs(&backtrace), [TEXT + 0x10, TEXT + 0x25, 0x40_1234], "{format:?}");
         assert_eq!((backtrace.frames[2], backtrace.end), (user, End::User));
+        // It has returned, and nobody has told the entry yet.
+        let memory = self::memory().words(STACK + 8, &pt_regs(&saved));
+        let backtrace = unwind(kernel(format, &rows), &kernel_at(TEXT + 0x25, STACK + 8), &memory);
+        assert_eq!((&backtrace.frames[1..], backtrace.end), (&[user][..], End::User), "{format:?}");
+        // It has been called, and has saved nothing yet.
+        let iret = [TEXT + 0x25, 0xdead, 0x40_1234, 0x33, 0x202, 0x7fff_1000, 0x2b];
+        let memory = self::memory().words(STACK + 8, &iret);
+        let backtrace = unwind(kernel(format, &rows), &kernel_at(TEXT, STACK + 8), &memory);
+        assert_eq!((backtrace.frames[2], backtrace.end), (user, End::User), "{format:?}");
     }
 }
 
