@@ -83,8 +83,7 @@ fn severity(error: &anyhow::Error) -> u8 {
         return EX_UNAVAILABLE;
     }
     match error.downcast_ref::<RunError>() {
-        Some(error) if error.is_hosts() => EX_UNAVAILABLE,
-        Some(_) => EX_USAGE,
+        Some(error) => error.exit_code(),
         None => match error.downcast_ref::<AddressError>() {
             Some(AddressError::PortInUse { .. } | AddressError::PathInUse { .. }) => EX_UNAVAILABLE,
             _ => EX_USAGE,

@@ -6,11 +6,9 @@ use std::process::ExitCode;
 use trapline_harness::report::TargetRecord;
 use trapline_harness::run::Plan;
 
+use crate::EX_UNAVAILABLE;
 use crate::args::PlanArgs;
 use crate::run::describe;
-
-/// This host cannot serve a trap.
-const EX_UNAVAILABLE: u8 = 69;
 
 /// Prints the plan. The exit code says whether all of it would be served.
 pub(crate) fn plan(args: &PlanArgs) -> anyhow::Result<ExitCode> {

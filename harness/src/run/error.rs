@@ -72,9 +72,14 @@ pub enum RunError {
 }
 
 impl RunError {
+    /// The exit code of `trapline run` for it.
+    pub fn exit_code(&self) -> u8 {
+        if self.is_hosts() { EX_UNAVAILABLE } else { EX_USAGE }
+    }
+
     /// How a run ends that has begun and cannot go on.
     pub(super) fn verdict(&self) -> Verdict {
-        Verdict::aborted(if self.is_hosts() { EX_UNAVAILABLE } else { EX_USAGE }, &self.to_string())
+        Verdict::aborted(self.exit_code(), &self.to_string())
     }
 
     /// Whether it is this host that cannot, rather than what was asked that is wrong.

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use trapline_vmm::Vm;
 use trapline_vmm::boot::Format;
 use trapline_vmm::coordinator::CoordinatorError;
-use trapline_vmm::debug::{Breakpoint, BreakpointError, Crash, Stop, StopReason, VcpuId};
+use trapline_vmm::debug::{Breakpoint, Crash, Stop, StopReason, VcpuId};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::arming::Stage;
@@ -292,13 +292,10 @@ impl Supervisor {
 
     /// What cannot be armed, by its place: the address is another in each run.
     fn in_words(&self, error: RunError) -> RunError {
-        match &error {
-            RunError::Arm(BreakpointError::NoSlot { request, .. } | BreakpointError::NotMapped { request }) => {
-                let place = look::place(&self.symbols, request.addr);
-                RunError::Refused(vec![error.to_string().replace(&format!("{:#x}", request.addr), &place)])
-            }
-            _ => error,
-        }
+        let RunError::Arm(arm) = &error else { return error };
+        let Some(request) = arm.request() else { return error };
+        let place = look::place(&self.symbols, request.addr);
+        RunError::Refused(vec![error.to_string().replace(&format!("{:#x}", request.addr), &place)])
     }
 
     fn act_on(&mut self, vm: &mut Vm, stop: &Stop) -> Result<Next, RunError> {

@@ -159,7 +159,7 @@ impl<T: Tables> Unwinder<T> {
             return chain::leaf(place, memory);
         }
         let mut next = self.unchecked_step(place, memory)?;
-        if self.begins_threads(next.pc) {
+        if next.kind == FrameKind::Call && self.begins_threads(next.pc) {
             next.kind = FrameKind::Exact;
         }
         let is_elsewhere = place.pc >> 63 != next.pc >> 63 || !code::is_there(memory, next.pc);

@@ -136,3 +136,17 @@ pub enum BreakpointError {
     #[error("the change was undone: {0}")]
     Apply(String),
 }
+
+impl BreakpointError {
+    /// What was asked for, where it is about that.
+    pub fn request(&self) -> Option<Breakpoint> {
+        match self {
+            BreakpointError::NoSlot { request, .. }
+            | BreakpointError::Invalid { request, .. }
+            | BreakpointError::Unsupported { request, .. }
+            | BreakpointError::NotMapped { request }
+            | BreakpointError::NotSet { request } => Some(*request),
+            BreakpointError::Apply(_) => None,
+        }
+    }
+}

@@ -41,9 +41,9 @@ pub(crate) struct GuestLevel {
     remembered: Remembered,
     /// Accesses to debug registers exit here: what was read stays true.
     accesses_exit: bool,
-    /// The vCPU was asked to be kicked at writes to them, and is: what was read stays true until then.
-    asked_for_kicks: bool,
-    writes_kick: bool,
+    /// Set while the vCPU is to be kicked at writes to them: whether the host does that, and what was read stays true until
+    /// such a kick.
+    writes_kick: Option<bool>,
     /// Traps since the registers were read.
     traps: u32,
     /// Causes of a #DB that the guest gets at the next entry.
@@ -85,11 +85,11 @@ impl GuestLevel {
     /// cannot do that, and the vCPU must kick itself now and then.
     pub(crate) fn needs_looks<C: Cpu>(&mut self, cpu: &mut C, wanted: bool) -> io::Result<bool> {
         let kicks = wanted && !self.accesses_exit;
-        if kicks != self.asked_for_kicks {
-            self.writes_kick = cpu.kick_at_dr_writes(kicks)? && kicks;
-            self.asked_for_kicks = kicks;
+        if kicks != self.writes_kick.is_some() {
+            let can = cpu.kick_at_dr_writes(kicks)?;
+            self.writes_kick = kicks.then_some(can);
         }
-        Ok(kicks && !self.writes_kick)
+        Ok(self.writes_kick == Some(false))
     }
 
     /// Reads the guest's registers.
@@ -109,8 +109,8 @@ impl GuestLevel {
     pub(crate) fn look_after<C: Cpu>(&mut self, cpu: &mut C, armed: &Overlay, trap: bool) -> io::Result<()> {
         self.traps += u32::from(trap);
         let wrote = cpu.wrote_debug_registers();
-        let seen = self.accesses_exit || !wrote && (self.writes_kick || trap && self.traps < TRAPS_PER_LOOK);
-        let seen = seen && armed.is_on();
+        let unmoved = self.writes_kick == Some(true) || trap && self.traps < TRAPS_PER_LOOK;
+        let seen = armed.is_on() && (self.accesses_exit || !wrote && unmoved);
         if seen { Ok(()) } else { self.look(cpu) }
     }
 
@@ -153,8 +153,8 @@ impl GuestLevel {
 
     /// The guest is another one. What its KVM reports is as it was.
     pub(crate) fn forget(&mut self) {
-        let &mut GuestLevel { accesses_exit, asked_for_kicks, writes_kick, .. } = self;
-        *self = GuestLevel { accesses_exit, asked_for_kicks, writes_kick, ..GuestLevel::default() };
+        let &mut GuestLevel { accesses_exit, writes_kick, .. } = self;
+        *self = GuestLevel { accesses_exit, writes_kick, ..GuestLevel::default() };
     }
 
     /// Whether it is owed one.

@@ -58,7 +58,8 @@ const MAX_INSTRUCTION: usize = 15;
 /// reads our registers as its own, and KVM takes them for the guest's (seen with kvm_amd of Linux 6.1).
 const QUIET: u32 = KVM_GUESTDBG_ENABLE;
 
-/// So many exits behind a trap bring the registers along.
+/// So many exits behind a trap bring the registers along: one is seldom alone, and other exits are no dearer for what is
+/// armed.
 const FRESH_EXITS: u32 = 16;
 
 /// A hook that tests use to make the arming of a vCPU fail.
@@ -391,9 +392,9 @@ impl Cpu for KvmCpu {
         if arming.step && arming.block_irq {
             control |= KVM_GUESTDBG_BLOCKIRQ;
         }
-        // Other exits are no dearer for what is armed; one trap is seldom alone, and a step is one.
-        if control == QUIET || arming.step {
-            self.fd.want(if arming.step { FRESH_EXITS } else { 0 });
+        // As it will be behind a trap: a step is one.
+        if arming.step {
+            self.fd.want(FRESH_EXITS);
         }
         let mut arch = kvm_guest_debug_arch::default();
         arch.debugreg[..4].copy_from_slice(&arming.addresses);
